@@ -1,0 +1,117 @@
+"""The SiD-LSG losses a second time, the way the published code writes them, on tiny random U-Nets.
+
+Nothing of the package is used on the oracle's side: levels from the betas, guidance and loss in the network's own
+space (epsilon or v), x_0 = (x_t - sigma_t eps)/alpha_t, weight 1/clip(mean|x_g - y_real|, 1e-5), float64 throughout.
+Both sides must agree in every per-sample loss and in every parameter's gradient.
+"""
+from types import SimpleNamespace
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from sid_lsg_nb.denoiser import Denoiser
+from sid_lsg_nb.distill import Recipe, fake_losses, generator_losses
+from sid_lsg_nb.guidance import Kappa
+from sid_lsg_nb.schedule import DiscreteSchedule
+
+B, T_INIT, TOLERANCE = 3, 625, 1e-9
+ABAR = torch.cumprod(1 - torch.linspace(.00085**.5, .012**.5, 1000, dtype=torch.float64)**2, 0)
+KAPPAS = [(1., 1., 1., 1.), (2., 2., 2., 2.), (1., 1., 1., 3.), (.5, 1., 1., 1.), (1.3, 2., .7, 3.1)]
+
+# --- the oracle
+def levels(t): return (v[t].reshape(-1, 1, 1, 1) for v in (ABAR.sqrt(), (1 - ABAR).sqrt()))
+
+def to_eps(kind, out, x_t, t): # epsilon of whatever the network predicts
+    a, s = levels(t)
+    return out if kind == 'epsilon' else a*out + s*x_t
+
+def guided_out(net, x_t, t, text, empty, kappa): # two separate forwards, in the network's own space
+    cond = net(x_t, t, encoder_hidden_states=text).sample
+    uncond = net(x_t, t, encoder_hidden_states=empty.expand_as(text)).sample
+    return uncond + kappa*(cond - uncond)
+
+def x0_of(kind, net, x_t, t, text, empty, kappa):
+    a, s = levels(t)
+    return (x_t - s*to_eps(kind, guided_out(net, x_t, t, text, empty, kappa), x_t, t))/a
+
+def images(kind, net, z, text):
+    t = torch.full((len(z),), T_INIT); _, s = levels(t)
+    return x0_of(kind, net, s*z, t, text, text[:1], 1.)
+
+def official_fake(kind, w, kappa1): # per sample: ||eps_hat - eps||^2, or ||v_hat - v||^2 SNR/(SNR+1)
+    a, s = levels(w.noise.t); x_g = images(kind, w.generator, w.noise.z, w.text).detach()
+    out = guided_out(w.fake, a*x_g + s*w.noise.eps, w.noise.t, w.text, w.empty, kappa1)
+    if kind == 'epsilon': return ((out - w.noise.eps)**2).sum((1, 2, 3))
+    snr = a**2/s**2
+    return ((out - (a*w.noise.eps - s*x_g))**2*snr/(snr + 1)).sum((1, 2, 3))
+
+def official_generator(kind, w, kappas, alpha, weighted=True):
+    _, k2, k3, k4 = kappas; a, s = levels(w.noise.t)
+    x_g = images(kind, w.generator, w.noise.z, w.text); x_t = a*x_g + s*w.noise.eps
+    real = x0_of(kind, w.teacher, x_t, w.noise.t, w.text, w.empty, k4)
+    fake2, fake3 = (x0_of(kind, w.fake, x_t, w.noise.t, w.text, w.empty, k) for k in (k2, k3))
+    d = real - fake2
+    loss = d*((real - x_g) - alpha*d) + d*(fake3 - fake2)               # the second term is 0 in the published code, where kappa2 = kappa3
+    factor = (x_g - real).abs().mean((1, 2, 3), keepdim=True).clip(min=1e-5).detach()
+    return (loss/factor if weighted else loss).sum((1, 2, 3))
+
+# --- three networks, prompts, noise
+def tiny_unet(seed):
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=8, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D')).double()
+
+@pytest.fixture(scope='module')
+def world():
+    g = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    noise = SimpleNamespace(z=draw(B, 4, 8, 8), eps=draw(B, 4, 8, 8), t=torch.tensor([20, 431, 979]))
+    return SimpleNamespace(teacher=tiny_unet(1), fake=tiny_unet(2), generator=tiny_unet(3), text=draw(B, 5, 8), empty=draw(1, 5, 8), noise=noise)
+
+def ours(world, kind): # the package's view of the same networks
+    schedule = DiscreteSchedule(ABAR, kind)
+    teacher, fake, generator = (Denoiser(n, schedule) for n in (world.teacher, world.fake, world.generator))
+    cond, null = dict(encoder_hidden_states=world.text), dict(encoder_hidden_states=world.empty)
+    return teacher, fake, generator, cond, null, world.noise
+
+def recipe(kappas=(1., 1., 1., 1.), **kw): return Recipe(kappa=Kappa(*kappas), t_init=T_INIT, **kw)
+def slopes(losses, net): return torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), list(net.parameters()))])
+def gap(a, b): return ((a - b).abs().max()/b.abs().max()).item()
+
+def agree(a, b, net):
+    assert a.shape == (B,)
+    assert ((a - b)/b).abs().max() < TOLERANCE                          # each sample on its own
+    assert gap(slopes(a, net), slopes(b, net)) < TOLERANCE
+
+# --- the tests
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('kappa1', [1., .5, 2., 4.5])
+def test_fake_loss(world, kind, kappa1):
+    _, *rest = ours(world, kind)
+    agree(fake_losses(*rest, recipe((kappa1, 1., 1., 1.))), official_fake(kind, world, kappa1), world.fake)
+
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('alpha', [0., .5, 1., 1.2])
+@pytest.mark.parametrize('kappas', KAPPAS, ids=str)
+def test_generator_loss(world, kind, alpha, kappas):
+    out = generator_losses(*ours(world, kind), recipe(kappas, alpha=alpha))
+    agree(out.loss, official_generator(kind, world, kappas, alpha), world.generator)
+
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+def test_unweighted(world, kind):
+    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], weight='none'))
+    agree(out.loss, official_generator(kind, world, KAPPAS[-1], 1., weighted=False), world.generator)
+
+def test_gradient_stays_out_of_the_judges(world):
+    nets = ours(world, 'epsilon')
+    for n in (world.teacher, world.fake): n.requires_grad_(False)
+    generator_losses(*nets, recipe(KAPPAS[-1])).loss.sum().backward()
+    try:
+        assert all(p.grad is None for n in (world.teacher, world.fake) for p in n.parameters())
+        assert all(p.grad is not None for p in world.generator.parameters())
+    finally:
+        for n in (world.teacher, world.fake, world.generator): n.requires_grad_(True); n.zero_grad(set_to_none=True)
+
+@pytest.mark.parametrize('swap', [(1, 2), (1, 3), (2, 3)])
+def test_the_oracle_can_tell_kappas_apart(world, swap):
+    kappas = list(KAPPAS[-1]); i, j = swap; kappas[i], kappas[j] = kappas[j], kappas[i]
+    assert gap(generator_losses(*ours(world, 'epsilon'), recipe(kappas)).loss, official_generator('epsilon', world, KAPPAS[-1], 1.)) > 1e-3
