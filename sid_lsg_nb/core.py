@@ -43,7 +43,7 @@ def max_abs(
 class InputError(ValueError):
     "What the user gave cannot work; the message is one line that names the fix"
 
-# %% ../nbs/00_core.ipynb #54458830
+# %% ../nbs/00_core.ipynb #11edf7e7
 def pick_device(
     name:str='auto', # "auto", or any name PyTorch knows: cpu, cuda, cuda:1, mps
 )->torch.device:
@@ -51,7 +51,7 @@ def pick_device(
     if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f'device {name!r} cannot be used here ({str(e).splitlines()[0]}); try --device auto or --device cpu') from e
+        raise InputError(f'device {name!r} cannot be used here ({str(e).split(".")[0].splitlines()[0][:60]}); try --device auto or --device cpu') from e
 
 # %% ../nbs/00_core.ipynb #c2a1bed4
 def rng(

@@ -35,15 +35,15 @@ def tiny_vae()->AutoencoderKL:
     return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
                          down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2)
 
-# %% ../nbs/05_denoiser.ipynb #700236ae
+# %% ../nbs/05_denoiser.ipynb #3c92a027
 def tiny_pipeline(
     folder, # where to write it; made if missing
     prediction_type:str='epsilon', # or v_prediction
     seed:int=0, # of the weights
 )->str: # the folder, ready for `load_teacher`
     "Save a complete Stable-Diffusion-type pipeline with small random networks. The random twin for tests"
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tokenizer = tiny_tokenizer(folder)
+    (words := Path(folder)/'tokenizer').mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer(words)
     with torch.random.fork_rng(devices=[]):                     # torch's global stream stays where it was
         torch.manual_seed(seed)
         vae, text, unet = tiny_vae(), tiny_text(tokenizer), tiny_unet()

@@ -22,13 +22,13 @@ def sid_loss(
     delta, r = y_real - y_fake, (y_fake if y_fake3 is None else y_fake3) - x_g
     return sample_sum(delta*r + (1 - alpha)*delta**2)
 
-# %% ../nbs/08_losses.ipynb #a68519ae
+# %% ../nbs/08_losses.ipynb #bdd31576
 def sim_loss(
     x_g:Tensor, # [B, ...] the generator's output
     y_real:Tensor, # [B, ...] x0 estimate of the teacher (kappa4) at x_t
     y_fake:Tensor, # [B, ...] x0 estimate of the fake (kappa2) at x_t
     y_fake3:Tensor|None=None, # [B, ...] x0 estimate of the fake (kappa3) for the residual; None: `y_fake`
-    c:float=1., # knee of the Huber distance, in units of ||y_real - y_fake||; grows like sqrt(elements)
+    c:float=1., # knee of the Huber distance, in units of ||y_real - y_fake||; scale it with sqrt(elements)
 )->Tensor: # [B], unweighted
     "Pseudo-Huber SIM in x0 space: delta^T r / sqrt(||delta||^2 + c^2); the normaliser carries gradient (2410.16794)"
     delta = y_real - y_fake

@@ -2,9 +2,10 @@
 
     python nbs/recipes/embedded_teacher.py STAGE --work DIR --out DIR [--minutes M]
 
-Stages, in order: `data` (fetch the emoji packages with `npm pack`, draw the glyph table and the world),
-`vae`, `scorer`, `latents`, `unet`, `pack` (write the asset folder), `measure` (score the packed teacher).
-Each training stage stops after `--minutes`, saves a snapshot every minute and goes on from it when started again.
+Stages, in order: `data` (fetch the emoji packages with `npm pack`, draw the glyph table and the world), `vae`, `scorer`,
+`latents`, `text`, `unet`, `decoder` (train the VAE decoder on, latents fixed), `pack` (write the asset folder), `measure` (score
+the packed teacher). Each training stage stops after `--minutes`, saves a snapshot every minute and goes on from it when
+started again; `--procs N` trains in N data-parallel processes (on a busy machine faster than `--threads N`).
 
 The world: 32x32 pictures of an emoji (flat = Noto, 3d = Fluent) on a coloured background, with the caption
 `a {style} {concept} on a {color} background`. Ten percent of the (concept, style, colour) combinations are held
@@ -302,6 +303,29 @@ def stage_vae(work, out, minutes, batch=48, lr=2e-3):
         if step % 100 == 0: print(f'vae {step} loss {loss:.4f} l1 {F.l1_loss(rec, x):.4f} kl {kl:.2f}', flush=True)
 
 
+def decoder_loss(vae, x, g, jitter=0.1):
+    "Reconstruction from latents with a random amount of noise: prepares the decoder for imperfect latents."
+    with torch.no_grad(): z = vae.encode(x).latent_dist.sample(generator=g)
+    z = z + jitter*torch.rand(len(x), 1, 1, 1, generator=g)*torch.randn(z.shape, generator=g)
+    return picture_loss(vae.decode(z).sample.float(), x)
+
+def stage_decoder(work, out, minutes, batch=32, lr=1.5e-3):
+    "Train the decoder on with the encoder (and so the latents of the UNet) held fixed."
+    world, vae = World(work), new_vae()
+    vae.load_state_dict(torch.load(work/'vae_of_latents.pt')['ema'])
+    vae.encoder.requires_grad_(False), vae.quant_conv.requires_grad_(False)
+    parts = torch.nn.ModuleList([vae.decoder, vae.post_quant_conv])
+    ema, opt = deepcopy(vae), torch.optim.AdamW(parts.parameters(), lr=lr, weight_decay=0, betas=(0.9, 0.99), fused=True)
+    snap = load_snapshot(work/'decoder.pt', vae=vae, ema=ema, opt=opt)
+    step, g = snap.get('step', 0), seeded(4, snap)
+    clock = Clock(work/'decoder.pt', lambda: dict(vae=vae.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step), minutes)
+    for step, frac in clock.steps(step):
+        x = world.render(world.pick(batch, g), g).contiguous(memory_format=torch.channels_last)
+        with torch.autocast('cpu', torch.bfloat16): loss = decoder_loss(vae, x, g)
+        update(vae, ema, opt, loss, (lr, frac), step, 0.998)
+        if step % 100 == 0 and rank() == 0: print(f'decoder {step} loss {loss:.4f}', flush=True)
+
+
 # ---------------------------------------------------------------- scorer
 
 def scorer_config(vocab):
@@ -430,27 +454,72 @@ class Latents:
         z = self.mean[i].float() + self.std[i].float()*torch.randn(n, 4, 8, 8, generator=g)
         return z*self.scale, self.combos[i]
 
-def diffusion_loss(unet, text, z, ids, alphas, g):
+def text_loss(text, heads, ids, t, named):
+    "Name the concept, style and colour from the end token and from every padding position after it."
+    at = ids == text.config.eos_token_id
+    sizes, labels = (heads.nc, heads.ns, heads.nk), t.masked_fill(~named, -100)
+    logits = heads(text(ids).last_hidden_state[at]).split(sizes, -1)
+    labels = labels[:, None].expand(-1, ids.shape[1], -1)[at]
+    return sum(F.cross_entropy(x, y) for x, y in zip(logits, labels.T))
+
+def stage_text(work, out, minutes, batch=64, lr=2e-3):
+    "Train the text encoder to carry the named attributes at every position that the UNet looks at."
+    world, tok, rng = World(work), clip_tokenizer(work/'bpe.txt.gz'), random.Random(rank())
+    heads = torch.nn.Linear(128, world.nc+world.ns+world.nk)
+    heads.nc, heads.ns, heads.nk = world.nc, world.ns, world.nk
+    net = torch.nn.ModuleDict(dict(text=new_text_encoder(tok), heads=heads))
+    ema, opt = deepcopy(net), torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05, fused=True)
+    snap = load_snapshot(work/'text.pt', net=net, ema=ema, opt=opt)
+    step, g = snap.get('step', 0), seeded(5, snap)
+    clock = Clock(work/'text.pt', lambda: dict(net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step), minutes)
+    for step, frac in clock.steps(step):
+        t = world.pick(batch, g)
+        texts, named = draw_captions(world, t, rng)
+        loss = text_loss(net['text'], net['heads'], sd_ids(tok, texts), t, named)
+        update(net, ema, opt, loss, (lr, frac), step, 0.99)
+        if step % 100 == 0 and rank() == 0: print(f'text {step} loss {loss:.4f}', flush=True)
+
+def trained_text_encoder(work, tok):
+    text = new_text_encoder(tok)
+    weights = torch.load(work/'text.pt')['ema']
+    text.load_state_dict({k.removeprefix('text.'): v for k, v in weights.items() if k.startswith('text.')})
+    return text.eval().requires_grad_(False)
+
+class Captions:
+    "The encoded captions of the world, their short forms and the empty one; the text encoder is frozen."
+    def __init__(self, world, tok, text):
+        self.world, self.rows = world, {}
+        texts = {world.caption(t) for t in world.train} | {*world.meta['concepts'], ''}
+        texts |= {f'a {s} {c}' for s in world.meta['styles'] for c in world.meta['concepts']}
+        with torch.no_grad():
+            for part in torch.arange(len(texts)).split(256):
+                batch = [sorted(texts)[i] for i in part]
+                self.rows.update(zip(batch, text(sd_ids(tok, batch)).last_hidden_state))
+
+    def draw(self, t, rng):
+        "Embeddings of random forms of the captions; one in ten is dropped."
+        return torch.stack([self.rows['' if rng.random() < 0.1 else self.world.short(u, rng)] for u in t])
+
+def diffusion_loss(unet, z, emb, alphas, g):
     "Noise-prediction error with the min-SNR-5 weight."
     n = len(z)
     t = torch.randint(1000, (n,), generator=g)
     noise, a = torch.randn(z.shape, generator=g), alphas[t].view(n, 1, 1, 1)
-    pred = unet(a.sqrt()*z + (1-a).sqrt()*noise, t, text(ids).last_hidden_state).sample
+    pred = unet(a.sqrt()*z + (1-a).sqrt()*noise, t, emb).sample
     snr = alphas[t]/(1-alphas[t])
     return ((pred-noise).square().mean((1, 2, 3))*snr.clamp(max=5)/snr).mean()
 
 def stage_unet(work, out, minutes, batch=32, lr=1.5e-3):
-    "Train UNet and text encoder together; the caption is dropped one time in ten."
+    "Train the UNet on the cached latents and captions."
     world, tok, rng, data = World(work), clip_tokenizer(work/'bpe.txt.gz'), random.Random(rank()), Latents(work/'latents.safetensors')
-    net = torch.nn.ModuleDict(dict(unet=new_unet(), text=new_text_encoder(tok)))
+    captions, net = Captions(world, tok, trained_text_encoder(work, tok)), new_unet()
     ema, opt = deepcopy(net), torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-3, betas=(0.9, 0.99), fused=True)
     snap = load_snapshot(work/'unet.pt', net=net, ema=ema, opt=opt)
     step, g, alphas = snap.get('step', 0), seeded(3, snap), new_scheduler().alphas_cumprod
     clock = Clock(work/'unet.pt', lambda: dict(net=net.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), step=step), minutes)
     for step, frac in clock.steps(step):
         z, t = data.batch(batch, g)
-        texts = ['' if rng.random() < 0.1 else world.short(u, rng) for u in t]
-        loss = diffusion_loss(net['unet'], net['text'], z, sd_ids(tok, texts), alphas, g)
+        loss = diffusion_loss(net, z, captions.draw(t, rng), alphas, g)
         update(net, ema, opt, loss, (lr, frac), step, 0.9985)
         if step % 100 == 0 and rank() == 0: print(f'unet {step} loss {loss:.4f}', flush=True)
 
@@ -466,14 +535,13 @@ def pack_teacher(work, out):
     "Write the Stable Diffusion folder."
     from diffusers import StableDiffusionPipeline
     tok = clip_tokenizer(work/'bpe.txt.gz')
-    net = torch.nn.ModuleDict(dict(unet=new_unet(), text=new_text_encoder(tok)))
-    net.load_state_dict(torch.load(work/'unet.pt')['ema'])
-    vae = new_vae()
+    unet, vae = new_unet(), new_vae()
+    unet.load_state_dict(torch.load(work/'unet.pt')['ema'])
     vae.load_state_dict(torch.load(work/'vae_of_latents.pt')['ema'])
     if (work/'decoder.pt').exists(): vae.load_state_dict(torch.load(work/'decoder.pt')['ema'])
     vae.register_to_config(scaling_factor=load_file(work/'latents.safetensors')['scale'].item())
     hf = write_hf_tokenizer(work/'bpe.txt.gz', work/'tokenizer')
-    pipe = StableDiffusionPipeline(vae=vae, text_encoder=net['text'], tokenizer=hf, unet=net['unet'], scheduler=new_scheduler(),
+    pipe = StableDiffusionPipeline(vae=vae, text_encoder=trained_text_encoder(work, tok), tokenizer=hf, unet=unet, scheduler=new_scheduler(),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.save_pretrained(out)
     for name in ('vocab.json', 'merges.txt'): shutil.copy(work/'tokenizer'/name, out/'tokenizer'/name)
@@ -583,21 +651,32 @@ def teacher_row(work, out, sampler, cfg, combos, n, scorer, ref):
     picture_grid(x[:64], work/f'grid_{sampler}_{cfg}.png')
     return dict(score(*scorer, world, x, t, ref), seconds=seconds)
 
+def gathered(rows):
+    "The rows of all processes of a run, merged."
+    if not dist.is_initialized(): return rows
+    parts = [None]*dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return {k: v for part in parts for k, v in part.items()}
+
+def teacher_cases(world):
+    "The rows of the table: name -> (sampler, guidance scale, combinations)."
+    pairs = [('ddim', c) for c in (1, 1.5, 2, 3, 4.5)] + [('dpm++', 2), ('dpm++', 3)]
+    rows = {f'{s} cfg {c}': (s, c, world.train) for s, c in pairs}
+    return rows | {'ddim cfg 3, held-out prompts': ('ddim', 3, world.held)}
+
 def stage_measure(work, out, minutes, n=1000):
     "Score real pictures, VAE reconstructions and teacher samples at several guidance scales."
     world, scorer = World(work), load_scorer(out/'scorer')
     stats = load_file(out/'reference.safetensors')
-    ref, rows = (stats['mu'], stats['sigma']), {}
+    ref = stats['mu'], stats['sigma']
     x, t = real(world, n, 4321, world.train)
-    cases = {f'{s} cfg {c}': (s, c, world.train) for s, c in [('ddim', c) for c in (1, 1.5, 2, 3, 4.5)]+[('dpm++', 2), ('dpm++', 3)]}
-    cases['ddim cfg 3, held-out prompts'] = ('ddim', 3, world.held)
-    rows['real'] = score(*scorer, world, bytes_round(x), t, ref)
-    rows['vae'] = score(*scorer, world, bytes_round(through_vae(open_teacher(out/'teacher').vae, x)), t, ref)
-    for name, row in rows.items(): print(name, row)
-    for name, (sampler, cfg, combos) in cases.items():
-        rows[name] = teacher_row(work, out, sampler, cfg, combos, n, scorer, ref)
+    rows = {'real': score(*scorer, world, bytes_round(x), t, ref),
+            'vae': score(*scorer, world, bytes_round(through_vae(open_teacher(out/'teacher').vae, x)), t, ref)}
+    for name, case in list(teacher_cases(world).items())[rank()::dist.get_world_size() if dist.is_initialized() else 1]:
+        rows[name] = teacher_row(work, out, *case, n, scorer, ref)
         print(name, {k: round(v, 4) for k, v in rows[name].items()}, flush=True)
-    (work/'measured.json').write_text(json.dumps(rows, indent=1))
+    rows = gathered(rows)
+    if rank() == 0: (work/'measured.json').write_text(json.dumps(rows, indent=1))
 
 
 def run(index, stage, work, out, minutes, threads, procs):
