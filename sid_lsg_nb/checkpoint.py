@@ -34,13 +34,14 @@ def join(skeleton, tensors:dict[str, Tensor]):
     pairs = [(k, join(s, tensors)) for k, s in what]
     return dict(pairs) if kind == 'dict' else [v for _, v in pairs] if kind == 'list' else tuple(v for _, v in pairs)
 
-# %% ../nbs/13_checkpoint.ipynb #933b028d
+# %% ../nbs/13_checkpoint.ipynb #e28cad30
 class CheckpointError(RuntimeError):
     "A checkpoint could not be written or cannot be trusted"
 def _sha256(file)->str:
     with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 def _sha_tree(skeleton)->str: return hashlib.sha256(json.dumps(skeleton).encode()).hexdigest()
 def _fsync(path):
+    if os.name != 'posix': return                                                                # a folder cannot be opened elsewhere
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
     finally: os.close(fd)

@@ -86,7 +86,7 @@ def quiet():
     diffusers.utils.logging.set_verbosity_error(); transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings('ignore', module='huggingface_hub|diffusers|transformers|open_clip|torch')
 
-# %% ../nbs/15_cli.ipynb #97972f63
+# %% ../nbs/15_cli.ipynb #25fc9aed
 def main(argv:list[str]|None=None)->int: # exit status
     "The `sid-lsg` command"
     argv = sys.argv[1:] if argv is None else argv
@@ -98,6 +98,9 @@ def main(argv:list[str]|None=None)->int: # exit status
     except (InputError, CheckpointError) as e:
         print(f'sid-lsg: {e}', file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1
+    except KeyboardInterrupt:
+        print('\nsid-lsg: interrupted; everything reported as saved is on disk', file=sys.stderr)
+        return 130
     return 0
 
 # %% ../nbs/15_cli.ipynb #7769cdec

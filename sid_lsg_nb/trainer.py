@@ -203,7 +203,7 @@ def sheet(
     fig.suptitle(title, fontsize=8); fig.tight_layout(pad=.3)
     tmp = Path(file).with_suffix('.tmp.png'); fig.savefig(tmp); tmp.replace(file)
 
-# %% ../nbs/14_trainer.ipynb #f8d12f14
+# %% ../nbs/14_trainer.ipynb #cb3785d7
 @contextmanager
 def stop_flag():
     "Yields an event that SIGINT, SIGTERM or SIGUSR1 sets; a second one raises KeyboardInterrupt"
@@ -211,7 +211,8 @@ def stop_flag():
     def ask(signum, _frame):
         if stop.is_set(): signal.default_int_handler(signum, _frame)
         stop.set()
-    old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)} if main else {}
+    signals = [getattr(signal, n) for n in ('SIGINT', 'SIGTERM', 'SIGUSR1') if hasattr(signal, n)]          # Windows has no SIGUSR1
+    old = {s: signal.signal(s, ask) for s in signals} if main else {}
     try: yield stop
     finally:
         for s, h in old.items(): signal.signal(s, h)

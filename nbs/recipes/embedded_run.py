@@ -1,0 +1,34 @@
+"""The run that README and the story of the bundled teacher show.
+
+    python nbs/recipes/embedded_run.py [any option of `sid-lsg distill`]
+
+Runs `sid-lsg distill` once, as a user would, and copies what it wrote into nbs/images/: the last sample sheet
+(embedded_run.png) and config, log, scores, machine, date and minutes (embedded_run.json). Nothing is typed in by hand.
+"""
+import json, os, platform, shutil, subprocess, sys, tempfile, time
+from datetime import date
+from pathlib import Path
+
+IMAGES = Path(__file__).parent.parent/'images'
+
+def machine()->str:
+    "Cores, processor and torch version, in words"
+    import torch
+    model = [l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')] if Path('/proc/cpuinfo').exists() else [platform.processor()]
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores ({model[0]})'
+    return f'{where}, torch {torch.__version__.split("+")[0]}'
+
+def main(options:list[str]):
+    "Run, then copy"
+    with tempfile.TemporaryDirectory() as tmp:
+        out, tick = Path(tmp)/'embedded', time.time()
+        subprocess.run([sys.executable, '-m', 'sid_lsg_nb.cli', 'distill', '--out', str(out), *options], check=True)
+        minutes = (time.time() - tick)/60
+        IMAGES.mkdir(exist_ok=True)
+        shutil.copy(sorted((out/'samples').glob('*.png'))[-1], IMAGES/'embedded_run.png')
+        config = {k: v for k, v in json.loads((out/'config.json').read_text()).items() if k != 'out'}
+        run = dict(machine=machine(), date=date.today().isoformat(), minutes=round(minutes, 2), config=config,
+            scores=json.loads((out/'scores.json').read_text()), log=[json.loads(l) for l in (out/'log.jsonl').read_text().splitlines()])
+        (IMAGES/'embedded_run.json').write_text(json.dumps(run) + '\n')
+
+if __name__ == '__main__': main(sys.argv[1:])
