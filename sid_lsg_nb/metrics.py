@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['TINY_HEADER', 'frechet', 'Moments', 'World', 'load_world', 'Scorer', 'TinyScore', 'tiny_score']
 
-# %% ../nbs/12_metrics.ipynb #ca1238a5
-import json, re, time
+# %% ../nbs/12_metrics.ipynb #c828d46b
+import itertools, json, re, time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-import numpy as np
 import open_clip
 import torch
 from cleanfid.fid import frechet_distance as cleanfid_frechet
@@ -40,11 +39,13 @@ class Moments:
         mu = self.s/self.n
         return mu, (self.ss - self.n*torch.outer(mu, mu))/(self.n - 1)
 
-# %% ../nbs/12_metrics.ipynb #eb4b91a9
+# %% ../nbs/12_metrics.ipynb #2e164aec
 @dataclass(frozen=True)
 class World:
     "What can be drawn in the bundled world"
     concepts:list[str]; styles:list[str]; colors:list[str]; template:str
+    @property
+    def shape(self)->tuple[int, int, int]: return len(self.concepts), len(self.styles), len(self.colors)
     def caption(self, concept:int, style:int, color:int)->str:
         "The caption of one picture"
         return self.template.format(concept=self.concepts[concept], style=self.styles[style], color=self.colors[color])
@@ -61,7 +62,7 @@ def load_world(folder=EMBEDDED)->World:
     w = json.loads((Path(folder)/'world.json').read_text(encoding='utf-8'))
     return World(w['concepts'], w['styles'], list(w['colors']), w['template'])
 
-# %% ../nbs/12_metrics.ipynb #59789832
+# %% ../nbs/12_metrics.ipynb #55afdb16
 class Scorer:
     "The bundled image-text model: features for tiny-FD, cosines for tiny-CLIP"
     def __init__(self, folder=EMBEDDED/'scorer', device='cpu'):
@@ -78,20 +79,19 @@ class Scorer:
         "Features of captions"
         return self.model.encode_text(self.tokenizer(captions).to(self.device), normalize=True)
     @cached_property
-    def banks(self)->list[Tensor]: # [concepts,D], [styles,D], [colors,D]
-        "The mean caption feature of every concept, style and colour: what a picture is compared with"
-        w = load_world(); n = [len(w.concepts), len(w.styles), len(w.colors)]
-        every = self.texts([w.caption(c, s, k) for c in range(n[0]) for s in range(n[1]) for k in range(n[2])]).view(*n, -1)
-        return [torch.nn.functional.normalize(every.mean(axes), dim=-1) for axes in ((1, 2), (0, 2), (0, 1))]
+    def captions(self)->Tensor: # [concepts*styles*colors, D]
+        "Features of every caption of the world, in order: what a picture is compared with"
+        w = load_world()
+        return self.texts([w.caption(*which) for which in itertools.product(*map(range, w.shape))])
 
-# %% ../nbs/12_metrics.ipynb #720b2a0f
+# %% ../nbs/12_metrics.ipynb #a13210fa
 @dataclass(frozen=True)
 class TinyScore:
     "One row of a table, with what it takes to repeat it"
     name:str
     tiny_fd:float # Fréchet distance to the real reference; lower is better
     tiny_clip:float # mean cosine between picture and caption
-    concept:float # how often the right one of all concepts is nearest, 0..1
+    concept:float # how often the nearest of all captions names the right concept, 0..1
     style:float
     color:float
     seconds_per_image:float # drawing only, scoring not counted
@@ -102,7 +102,7 @@ class TinyScore:
         return f'{self.name:<28}{self.tiny_fd:>9.2f}{self.tiny_clip:>11.3f}{self.concept:>9.1%}{self.style:>8.1%}{self.color:>8.1%}{self.seconds_per_image:>11.4f}'
 TINY_HEADER = f'{"":<28}{"tiny-FD":>9}{"tiny-CLIP":>11}{"concept":>9}{"style":>8}{"colour":>8}{"s/image":>11}'
 
-# %% ../nbs/12_metrics.ipynb #5c32eaf2
+# %% ../nbs/12_metrics.ipynb #f61f12cf
 def tiny_score(
     name:str, # of the row
     draw, # (prompts, seeds) -> pictures [B,3,32,32] in [-1,1]
@@ -114,13 +114,13 @@ def tiny_score(
 )->TinyScore:
     "Draw n pictures of bundled prompts and score them"
     world, prompts = load_world(), PromptStream(read_prompts(EMBEDDED/'prompts.txt'), seed).take(n)
-    moments, cosine, right, seconds = Moments(scorer.banks[0].shape[1]), 0., torch.zeros(3), 0.
+    moments, cosine, right, seconds = Moments(scorer.captions.shape[1]), 0., torch.zeros(3), 0.
     for i in progress(range(0, n, batch)):
         part = prompts[i:i + batch]; tick = time.perf_counter()
         x = draw(part, list(range(seed + i, seed + i + len(part)))).cpu(); seconds += time.perf_counter() - tick
-        f = scorer.images(x); u = torch.nn.functional.normalize(f, dim=1); moments.add(f)
+        f = scorer.images(((x.clamp(-1, 1) + 1)*127.5).round()/127.5 - 1); u = torch.nn.functional.normalize(f, dim=1); moments.add(f)
         cosine += (u*scorer.texts(part)).sum().item()
-        wanted = torch.tensor([world.parse(p) for p in part]).T
-        right += torch.stack([((u@b.T).argmax(1).cpu() == w).sum() for b, w in zip(scorer.banks, wanted)])
+        nearest = torch.stack(torch.unravel_index((u@scorer.captions.T).argmax(1).cpu(), world.shape), 1)
+        right += (nearest == torch.tensor([world.parse(p) for p in part])).sum(0)
     ref = load_file(EMBEDDED/'reference.safetensors')
     return TinyScore(name, frechet(*moments.result(), ref['mu'], ref['sigma']), cosine/n, *(right/n).tolist(), seconds/n, n, seed)
