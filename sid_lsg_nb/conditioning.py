@@ -6,10 +6,11 @@
 __all__ = ['TINY_WORDS', 'read_prompts', 'PromptStream', 'drop_prompts', 'tiny_vocab', 'tiny_tokenizer', 'tiny_text',
            'TextEncoder']
 
-# %% ../nbs/04_conditioning.ipynb #43a99461
+# %% ../nbs/04_conditioning.ipynb #ec4ff14a
 import json
-import random
+from collections.abc import Sequence
 from pathlib import Path
+import numpy as np
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from .core import Cond, InputError
@@ -28,40 +29,43 @@ def read_prompts(
     if not prompts: raise InputError(f'{name} holds no prompt; give one prompt per line')
     return prompts
 
-# %% ../nbs/04_conditioning.ipynb #93c5c5ef
+# %% ../nbs/04_conditioning.ipynb #cb721300
 class PromptStream:
     "Endless prompts: every epoch its own seeded order; `position` is all that resuming needs"
     def __init__(self,
-        prompts:list[str], # at least one
-        seed:int=0, # of the shuffles
-        position:int=0, # prompts already taken, in all epochs together
+        prompts:Sequence[str], # at least one; a method `many(indices)`, if there is one, fetches them together
+        seed:int=0, # of the shuffles, not negative
+        position:int=0, # prompts already taken, in all epochs and by all processes together
     ):
-        if not prompts: raise InputError('there is no prompt to draw from; give at least one')
-        self.prompts, self.seed, self.position, self._epoch = list(prompts), seed, position, None
-    def order(self, epoch:int)->list[int]:
+        if not len(prompts): raise InputError('there is no prompt to draw from; give at least one')
+        if seed < 0: raise InputError(f'seed {seed} is negative; give 0 or more')
+        self.prompts, self.seed, self.position, self._epoch, self._order = prompts, seed, position, None, None
+    def order(self, epoch:int)->np.ndarray: # [N] integers
         "The shuffled indices of one epoch; the last one asked for is kept"
         if self._epoch != epoch:
-            n = len(self.prompts)
-            self._epoch, self._order = epoch, random.Random(f'{self.seed}/{epoch}').sample(range(n), n)
+            self._epoch = self._order = None                                       # two orders of a long list need not fit
+            self._order, self._epoch = np.random.default_rng([self.seed, epoch]).permutation(len(self.prompts)), epoch
         return self._order
-    def take(self, n:int)->list[str]:
-        "The next n prompts, across as many epochs as that needs"
-        out = []
-        while len(out) < n:
-            epoch, i = divmod(self.position, len(self.prompts))
-            chunk = self.order(epoch)[i:i + n - len(out)]
-            out += [self.prompts[j] for j in chunk]
-            self.position += len(chunk)
-        return out
+    def take(self,
+        n:int, # prompts for all processes together
+        rows:slice=slice(None), # of these n, the ones to read and return: the share of one process
+    )->list[str]:
+        "The next n prompts, across as many epochs as that needs; `position` moves by n, whatever the rows"
+        epochs, spots = np.divmod(np.arange(self.position, self.position + n)[rows], len(self.prompts))
+        index = np.empty_like(spots)
+        for e in np.unique(epochs): index[epochs == e] = self.order(int(e))[spots[epochs == e]]
+        self.position += n
+        return self.prompts.many(index) if hasattr(self.prompts, 'many') else [self.prompts[i] for i in index.tolist()]
 
-# %% ../nbs/04_conditioning.ipynb #9f0f5e68
+# %% ../nbs/04_conditioning.ipynb #6b0fefa8
 def drop_prompts(
     prompts:list[str], # [B]
     p:float, # chance of each to be dropped
     generator:torch.Generator|None=None, # a stream on the CPU
+    first:int=0, total:int|None=None, # these prompts are rows first, first + 1, ... of a batch of `total` (shared by processes)
 )->list[str]: # [B]
     "Replace each prompt by \"\" with probability p (SiD-LSG: 10 % for the fake, before its images are generated)"
-    drop = torch.rand(len(prompts), generator=generator) < p
+    drop = (torch.rand(total or len(prompts), generator=generator) < p)[first:first + len(prompts)]
     return ['' if d else s for s, d in zip(prompts, drop.tolist())]
 
 # %% ../nbs/04_conditioning.ipynb #3c6e7505

@@ -53,30 +53,33 @@ def tiny_pipeline(
     pipe.save_pretrained(folder)
     return str(folder)
 
-# %% ../nbs/05_denoiser.ipynb #c078a27a
+# %% ../nbs/05_denoiser.ipynb #53b3535c
 class Denoiser(nn.Module):
     "y = E[x_0 | x_t, cond] from a diffusers network: casts, extra channels and the prediction type end here"
     def __init__(self,
         net:nn.Module, # called as net(x_t, t, **cond, return_dict=False)[0]
         schedule:Schedule, # levels, and what the network predicts
+        autocast:torch.dtype|None=None, # PyTorch runs the network's fast parts in this precision, the weights stay as they are
     ):
         super().__init__()
-        self.net, self.schedule = net, schedule
+        self.net, self.schedule, self.autocast = net, schedule, autocast
     def forward(self,
         x_t:Tensor, # [B,C,H,W]
         t:Tensor, # [B]
         cond:Cond, # [B, ...] each
     )->Tensor: # [B,C,H,W], float32 or better
         "The estimate of x_0"
-        low, high = next(self.net.parameters()).dtype, torch.promote_types(x_t.dtype, torch.float32)
+        low = next(self.net.parameters(), x_t).dtype                       # a network without weights of its own takes what it is given
+        high = torch.promote_types(x_t.dtype, torch.float32)
         cond = cond_map(lambda v: v.to(low) if v.is_floating_point() else v, cond)
-        pred = self.net(x_t.to(low), t, **cond, return_dict=False)[0][:, :x_t.shape[1]]
+        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):   # each weight is used once
+            pred = self.net(x_t.to(low), t, **cond, return_dict=False)[0][:, :x_t.shape[1]]
         return self.schedule.to_x0(pred.to(high), x_t.to(high), t)
     def copy(self)->'Denoiser':
         "An independent copy of the network with gradients on; the schedule is shared"
-        return Denoiser(copy.deepcopy(self.net).requires_grad_(True), self.schedule)
+        return Denoiser(copy.deepcopy(self.net).requires_grad_(True), self.schedule, self.autocast)
 
-# %% ../nbs/05_denoiser.ipynb #b4730766
+# %% ../nbs/05_denoiser.ipynb #5e69a773
 @dataclass
 class Teacher:
     "A text-to-image pipeline, seen as its parts"
@@ -85,8 +88,11 @@ class Teacher:
     vae:nn.Module # latents to pictures
     pipe:StableDiffusionPipeline # the whole, as diffusers knows it
     path:str # what `load_teacher` was given
+    vae_rests:str='' # device where the VAE waits while nothing is decoded; '': it stays where it is
     @property
     def schedule(self)->DiscreteSchedule: return self.denoiser.schedule
+    @property
+    def device(self)->torch.device: return self.text.model.device
     @property
     def latent_shape(self)->tuple: # (C, H, W)
         "Shape of one latent, from the UNet's config"
@@ -95,8 +101,11 @@ class Teacher:
     @torch.no_grad()
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
         "Latents to pictures"
+        if self.vae_rests: self.vae.to(latents.device)
         latents = latents.to(next(self.vae.parameters()).dtype)/self.vae.config.scaling_factor
-        return self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+        pixels = self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+        if self.vae_rests: self.vae.to(self.vae_rests)
+        return pixels
 
 # %% ../nbs/05_denoiser.ipynb #d03b21b1
 EMBEDDED = Path(str(files('sid_lsg_nb')))/'embedded'   # the bundled world: teacher, scorer, prompts

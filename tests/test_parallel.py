@@ -1,0 +1,74 @@
+"The command line on two processes (gloo, CPU): copies and slices, saved by two and resumed by one, stopped together."
+import json, os, signal, subprocess, sys, time
+import pytest
+import torch
+from safetensors.torch import load_file
+from sid_lsg_nb.checkpoint import checkpoints, load_checkpoint
+from sid_lsg_nb.denoiser import tiny_pipeline
+
+FLAGS = '--preset embedded --batch 8 --micro 2 --log-every 8 --sample-every 800 --checkpoint-every 16 --keep 9 --teacher-steps 2 --device cpu --kappa 1.5'.split()
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A folder with a tiny teacher and prompts"
+    home = tmp_path_factory.mktemp('two'); tiny_pipeline(home/'teacher')
+    (home/'p.txt').write_text('\n'.join(f'a {c} {t} on a {b} background' for c in ('red', 'green', 'blue') for t in ('cat', 'dog', 'apple', 'shoe') for b in ('red', 'blue')))
+    return home
+
+def start(home, n, *flags):
+    env = dict({k: v for k, v in os.environ.items() if k != 'IN_TEST'}, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='agg')
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)] if n > 1 else []
+    cmd = [sys.executable, *launch, '-m', 'sid_lsg_nb.cli', 'distill', '--teacher', 'teacher', '--prompts', 'p.txt', *FLAGS, *flags]
+    return subprocess.Popen(cmd, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def run(home, n, *flags):
+    out, err = (p := start(home, n, *flags)).communicate()
+    assert p.returncode == 0, err[-3000:]
+    return out
+
+def generator(run): return load_file(run/'generator/unet/diffusion_pytorch_model.safetensors')
+def apart(a, b): return max((a[k] - b[k]).abs().max().item() for k in a)
+def lines(run): return [json.loads(l) for l in (run/'log.jsonl').read_text().splitlines()]
+
+@pytest.fixture(scope='module')
+def one(home): run(home, 1, '--out', 'one', '--nimg', '32'); return home/'one'
+
+@pytest.mark.parametrize('how', ['copies', 'slices'])
+def test_two_processes_are_one(home, one, how):
+    out = run(home, 2, '--out', how, '--nimg', '16', *(['--shard'] if how == 'slices' else []))
+    assert out.count('run folder') == 1 and 'x 2 processes' in out                          # one of them speaks
+    a, b = lines(one)[:2], lines(home/how)
+    assert [r['nimg'] for r in b] == [8, 16]
+    for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'): assert a[0][k] == pytest.approx(b[0][k], rel=2e-4, abs=1e-6), k    # the line holds the mean over both
+    saved = load_checkpoint(checkpoints(home/how/'checkpoints')[0])
+    whole = load_checkpoint(checkpoints(one/'checkpoints')[1])
+    assert saved['nimg'] == 16 and all(saved['generator'][k].shape == v.shape for k, v in whole['generator'].items())     # whole, whatever the slices
+    assert apart(saved['generator'], whole['generator']) < 5e-4                              # fp32: Adam's first steps turn rounding into lr 1e-4 here and there
+    run(home, 1, '--resume', how, '--nimg', '32', *(['--no-shard'] if how == 'slices' else []))                            # saved by two, resumed by one
+    assert [r['nimg'] for r in lines(home/how)] == [8, 16, 24, 32] and apart(generator(one), generator(home/how)) < 8e-4
+    start_weights = load_file(home/'teacher/unet/diffusion_pytorch_model.safetensors')
+    assert apart(generator(one), start_weights) > 1e-4 or apart(saved['generator'], {f'net.{k}': v for k, v in start_weights.items()}) > 1e-4
+
+def test_slices_resume_exactly(home):
+    run(home, 2, '--out', 'long', '--nimg', '32', '--shard'); run(home, 2, '--out', 'short', '--nimg', '16', '--shard')
+    run(home, 2, '--resume', 'short', '--nimg', '32', '--shard')
+    a, b = generator(home/'long'), generator(home/'short')
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+def children(pid):
+    "Processes started by a process"
+    return [int(p) for t in os.listdir(f'/proc/{pid}/task') for p in open(f'/proc/{pid}/task/{t}/children').read().split()]
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
+def test_a_signal_to_one_stops_both(home):
+    p = start(home, 2, '--out', 'told', '--nimg', '80000')
+    while p.poll() is None and not checkpoints(home/'told/checkpoints'): time.sleep(.05)
+    os.kill(children(p.pid)[-1], signal.SIGTERM)                                             # the second process only
+    out, err = p.communicate(timeout=120)
+    assert p.returncode == 0 and '--resume told' in out, err[-2000:]
+    nimg = lines(home/'told')[-1]['nimg']
+    assert int(checkpoints(home/'told/checkpoints')[0].name) == nimg < 80000 and (home/'told/generator/model_index.json').exists()
+
+def test_a_batch_that_cannot_be_shared(home):
+    out, err = (p := start(home, 2, '--out', 'odd', '--batch', '7')).communicate()
+    assert p.returncode != 0 and err.count('does not divide among 2 processes') == 1 and not (home/'odd').exists()
