@@ -105,13 +105,13 @@ def copies(team:Team, net:Denoiser)->dict: # train, sync: for a `Learner`
             with wrapped.no_sync(): yield
     return dict(train=Denoiser(wrapped, net.schedule, net.autocast), sync=sync)
 
-# %% ../nbs/20_parallel.ipynb #2fae3fa1
+# %% ../nbs/20_parallel.ipynb #2fc73db2
 def slices(team:Team, net:Denoiser)->dict: # sync: for a `Learner`
     "Cut a network's weights into one slice per process, in place; a team of one can do it too"
     if not dist.is_initialized(): raise InputError('--shard needs processes; start with: accelerate launch -m sid_lsg_nb.cli distill ... (or torchrun)')
     mesh = init_device_mesh(team.device.type, (team.world,))
     blocks = [block for child in net.net.children() if isinstance(child, nn.ModuleList) for block in child]
-    for module in (*blocks, net.net): fully_shard(module, mesh=mesh)
+    for module in (*blocks, net.net): fully_shard(module, mesh=mesh, reshard_after_forward=True)     # at rest everything is slices
     @contextmanager
     def sync(last): net.net.set_requires_gradient_sync(last); yield
     return dict(sync=sync)

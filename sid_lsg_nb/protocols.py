@@ -7,7 +7,7 @@ __all__ = ['PROTOCOLS', 'REWARDS', 'Protocol', 'find_protocol', 'differing', 'we
            'PickScore', 'Aesthetic', 'hps_preprocess', 'hpsv2', 'ImageReward', 'reward', 'Result', 'load_result',
            'comparable', 'score_table', 'distances', 'score_images']
 
-# %% ../nbs/19_protocols.ipynb #a6ca05da
+# %% ../nbs/19_protocols.ipynb #6d945641
 import hashlib, json, warnings
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
@@ -18,8 +18,8 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.factory import load_state_dict
-from PIL import Image
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pad, resize, to_tensor
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
@@ -27,7 +27,8 @@ from .core import InputError, atomic_write
 from .conditioning import read_prompts
 from .denoiser import EMBEDDED
 from .metrics import frechet
-from .scores import INCEPTION, Cloud, Features, Images, Reference, View, bundled_features, cloud_of, folder_images, inception, kid, prdc, reference_of, share, sum_over_processes
+from .scores import INCEPTION, Cloud, Features, Images, Reference, View, bundled_features, cloud_of, folder_images
+from .scores import inception, kid, prdc, reference_of, share, sum_over_processes
 
 # %% ../nbs/19_protocols.ipynb #29c4db87
 @dataclass(frozen=True)
@@ -58,12 +59,12 @@ class Protocol:
     @property
     def view(self)->View: return View(self.size, self.filter, self.resizer)
 
-# %% ../nbs/19_protocols.ipynb #6797b3ce
+# %% ../nbs/19_protocols.ipynb #7227b664
 _gigagan = dict(captions='GigaGAN captions.txt', clip='ViT-g-14/laion2b_s12b_b42k', prefix='A photo depicts ')
 PROTOCOLS = {p.name: p for p in (
     #        name                reference          of them  drawn
     Protocol('coco30k',          'COCO val2014',     40_504, 30_000, **_gigagan),
-    Protocol('coco30k-logged',   'COCO val2014',     40_504, 30_000, resizer='legacy_tensorflow', **_gigagan | dict(prefix='')),
+    Protocol('coco30k-logged',   'COCO val2014',     40_504, 30_000, resizer='legacy_tensorflow', captions='last caption of each picture of val2014, lower case'),
     Protocol('coco5k-2017',      'COCO val2017',      5_000,  5_000, **_gigagan | dict(captions='first caption of each picture of val2017')),
     Protocol('cifar10-50k',      'CIFAR-10 train',   50_000, 50_000, size=32, resizer='legacy_tensorflow'),
     Protocol('folder-vs-folder', 'a folder',           None,   None, size=0),
@@ -75,13 +76,15 @@ def find_protocol(
     if not isinstance(protocol, Protocol):
         if protocol not in PROTOCOLS: raise InputError(f'unknown protocol {protocol!r}; there are {", ".join(PROTOCOLS)}')
         return PROTOCOLS[protocol]
-    if PROTOCOLS.get(protocol.name, protocol) != protocol: raise InputError(f'protocol {protocol.name!r} is not what that name stands for ({", ".join(differing(protocol, PROTOCOLS[protocol.name]))}); give the changed one a name of its own')
+    if PROTOCOLS.get(protocol.name, protocol) != protocol:
+        changed = ', '.join(differing(protocol, PROTOCOLS[protocol.name]))
+        raise InputError(f'protocol {protocol.name!r} is not what that name stands for ({changed}); give the changed one a name of its own')
     return protocol
 def differing(a:Protocol, b:Protocol)->list[str]:
     "Fields in which two protocols differ, with both values"
     return [f'{f.name}: {getattr(a, f.name)!r} and {getattr(b, f.name)!r}' for f in fields(Protocol) if getattr(a, f.name) != getattr(b, f.name)]
 
-# %% ../nbs/19_protocols.ipynb #e1c7cfde
+# %% ../nbs/19_protocols.ipynb #9745b38d
 def weights_sha(net)->str:
     "SHA-256 of all tensors of a network, by name"
     h = hashlib.sha256()
@@ -104,10 +107,12 @@ class ClipScore:
         try:
             self.net, _, own = open_clip.create_model_and_transforms(model, pretrained=None if local else str(pretrained), precision='fp32', device=device)
             self.tokenizer = open_clip.get_tokenizer(model, **bpe)
-        except Exception as e: raise InputError(f'{model} with weights {pretrained!r} cannot be loaded ({str(e).splitlines()[0][:120]}); fetch them once with a network, or give a local file or local-dir:FOLDER') from e
-        self.net.eval().requires_grad_(False)
-        self.name, self.prefix, self.scale, self.preprocess, self.device = name or (local.name if local else f'{model}/{Path(pretrained).name}'), prefix, scale, preprocess or own, torch.device(device)
-        self.sha = weights_sha(self.net)
+        except Exception as e:
+            why = ' '.join(str(e).split())[:120]
+            raise InputError(f'{model} with weights {pretrained!r} cannot be loaded ({why}); fetch them once with a network, or give a local file or local-dir:FOLDER') from e
+        self.net.eval().requires_grad_(False); self.sha = weights_sha(self.net)
+        self.name = name or (local.name if local else f'{model}/{Path(pretrained).name}')
+        self.prefix, self.scale, self.preprocess, self.device = prefix, scale, preprocess or own, torch.device(device)
     def embed(self, pictures)->Tensor: # [B,D], unit length
         "Features of pictures"
         with torch.inference_mode(): return self.net.encode_image(torch.stack([self.preprocess(p) for p in pictures]).to(self.device), normalize=True)
@@ -121,13 +126,15 @@ def clip_score(name:str, prefix:str='', device='cpu')->ClipScore:
     model, _, pretrained = name.partition('/')
     return ClipScore(model, pretrained, prefix, name, device=device)
 
-# %% ../nbs/19_protocols.ipynb #6fe58b5c
+# %% ../nbs/19_protocols.ipynb #7a9c8966
 class PickScore:
     "Scaled cosine in a CLIP trained on choices between pictures (2305.01569)"
     name = 'pickscore'
     def __init__(self, path='yuvalkirstain/PickScore_v1', device='cpu'):
-        try: self.net, self.processor = CLIPModel.from_pretrained(path).eval().requires_grad_(False).to(device), CLIPProcessor.from_pretrained(path)
-        except (OSError, ValueError) as e: raise InputError(f'PickScore cannot be loaded from {str(path)!r}; fetch yuvalkirstain/PickScore_v1 once with a network, or give a local folder') from e
+        try:
+            self.net, self.processor = CLIPModel.from_pretrained(path).eval().requires_grad_(False).to(device), CLIPProcessor.from_pretrained(path)
+        except (OSError, ValueError) as e:
+            raise InputError(f'PickScore cannot be loaded from {str(path)!r}; fetch yuvalkirstain/PickScore_v1 once with a network, or give a local folder') from e
         self.device, self.sha = torch.device(device), weights_sha(self.net)
     def __call__(self, pictures, captions:list[str])->Tensor:
         x = self.processor(images=pictures, text=captions, padding=True, truncation=True, max_length=77, return_tensors='pt').to(self.device)
@@ -137,29 +144,31 @@ class Aesthetic:
     "LAION's aesthetic head: linear layers on the unit image embedding of CLIP ViT-L/14; captions do not matter"
     name = 'aesthetic'
     def __init__(self, file, clip:ClipScore|None=None, device='cpu'): # file: sac+logos+ava1-l14-linearMSE.pth
-        if not Path(file).is_file(): raise InputError(f'aesthetic head {str(file)!r} does not exist; fetch sac+logos+ava1-l14-linearMSE.pth of improved-aesthetic-predictor')
+        if not Path(file).is_file():
+            raise InputError(f'aesthetic head {str(file)!r} does not exist; fetch sac+logos+ava1-l14-linearMSE.pth of improved-aesthetic-predictor')
         self.clip = clip or ClipScore('ViT-L-14-quickgelu', 'openai', device=device)
         t = {k: v.float().to(self.clip.device) for k, v in load_state_dict(str(file)).items()}
         self.layers = [(t[f'layers.{i}.weight'], t[f'layers.{i}.bias']) for i in sorted({int(k.split('.')[1]) for k in t})]
-        self.sha = hashlib.sha256(''.join([self.clip.sha, *(hashlib.sha256(v.cpu().numpy().tobytes()).hexdigest() for l in self.layers for v in l)]).encode()).hexdigest()
+        self.sha = hashlib.sha256(self.clip.sha.encode() + b''.join(v.cpu().numpy().tobytes() for layer in self.layers for v in layer)).hexdigest()
     def __call__(self, pictures, captions=None)->Tensor:
         x = self.clip.embed(pictures).float()
         for w, b in self.layers: x = F.linear(x, w, b)
         return x[:, 0].cpu()
 
-# %% ../nbs/19_protocols.ipynb #9f43af1d
-def hps_preprocess(im, side:int, mean, std)->Tensor: # [3,side,side]
+# %% ../nbs/19_protocols.ipynb #75568219
+def hps_preprocess(im, side:int)->Tensor: # [3,side,side]
     "HPSv2's: longest side to `side`, the rest black"
     x = to_tensor(im); h, w = x.shape[1:]; s = side/max(h, w)
     if s != 1:
-        h, w = round(h*s), round(w*s); x = resize(x, [h, w], interpolation=3, antialias=True)
+        h, w = round(h*s), round(w*s); x = resize(x, [h, w], interpolation=InterpolationMode.BICUBIC, antialias=True)
         x = pad(x, [(side - w)//2, (side - h)//2, side - w - (side - w)//2, side - h - (side - h)//2])
-    return normalize(x, mean, std)
+    return normalize(x, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
 def hpsv2(file, model:str='ViT-H-14', device='cpu')->ClipScore:
     "HPSv2 (2306.09341), times 100; raises `InputError` if the weights are missing"
-    if not Path(file).is_file(): raise InputError(f'HPSv2 weights {str(file)!r} do not exist; fetch HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of xswu/HPSv2')
-    clip = ClipScore(model, str(file), name='hpsv2', scale=100., device=device); v = clip.net.visual
-    clip.preprocess = partial(hps_preprocess, side=v.image_size[0] if isinstance(v.image_size, tuple) else v.image_size, mean=v.image_mean or open_clip.OPENAI_DATASET_MEAN, std=v.image_std or open_clip.OPENAI_DATASET_STD)
+    if not Path(file).is_file():
+        raise InputError(f'HPSv2 weights {str(file)!r} do not exist; fetch HPS_v2_compressed.pt or HPS_v2.1_compressed.pt of xswu/HPSv2')
+    clip = ClipScore(model, str(file), name='hpsv2', scale=100., device=device); side = clip.net.visual.image_size
+    clip.preprocess = partial(hps_preprocess, side=side if isinstance(side, int) else side[0])
     return clip
 class ImageReward:
     "ImageReward (2304.05977) by its own package"
@@ -216,7 +225,7 @@ def score_table(results:list[Result], ignore=())->str:
     cells = [' '*wide + ''.join(f'{k:>12}' for k in keys)] + [f'{r.name:<{wide}}' + ''.join(f'{r.values[k]:>12.4f}' if k in r.values else f'{"":>12}' for k in keys) for r in results]
     return '\n'.join(cells + [results[0].line().partition(' | ')[2]])
 
-# %% ../nbs/19_protocols.ipynb #868ad37e
+# %% ../nbs/19_protocols.ipynb #631dcbab
 def distances(
     cloud:Cloud,
     ref:Reference,
@@ -228,7 +237,8 @@ def distances(
     n, width = cloud.moments.n, len(cloud.moments.s)
     if n <= width: warnings.warn(f'{n} pictures for {width} features: the Fréchet distance is dominated by n; look at the kernel distance')
     try: out = {fd: frechet(*cloud.moments.result(), ref.mu, ref.sigma)}
-    except ValueError as e: raise e if isinstance(e, InputError) else InputError(f'the Fréchet distance of {n} pictures in {width} features cannot be computed ({e}); score more pictures') from e
+    except ValueError as e:
+        raise e if isinstance(e, InputError) else InputError(f'the Fréchet distance of {n} pictures in {width} features cannot be computed ({e}); score more pictures') from e
     if ref.kept is None or not len(cloud.kept): return out                                   # statistics alone
     real, fake = (v.to(device) for v in (ref.kept, cloud.kept))
     out[kd], out[f'{kd}_std'] = kid(real, fake, p.subsets, p.subset_size)
@@ -238,32 +248,39 @@ def _sources(images, p, captions, judged)->Images:
     images = images if isinstance(images, Images) else folder_images(images)
     if captions is not None:
         captions = captions if isinstance(captions, list) else read_prompts(captions)
-        if len(captions) != images.n: raise InputError(f'{len(captions)} captions for {images.n} pictures of {images.name}; give one per picture, in their order')
+        if len(captions) != images.n:
+            raise InputError(f'{len(captions)} captions for {images.n} pictures of {images.name}; give one per picture, in their order')
         images = replace(images, captions=captions)
     images = images.first(p.n) if p.n else images
-    if judged and images.captions is None: raise InputError(f'protocol {p.name!r} compares pictures with captions and there are none; give captions=FILE, one per picture, or clip=False')
+    if judged and images.captions is None:
+        raise InputError(f'protocol {p.name!r} compares pictures with captions and there are none; give captions=FILE, one per picture, or clip=False')
     return images
 def _features(features, p, device)->Features:
     bundled = p.features == 'bundled scorer'
     if not isinstance(features, Features): features = bundled_features(device=device) if bundled and features is None else inception(features, device)
-    if features.name != p.features: raise InputError(f'protocol {p.name!r} stands on the features of {p.features!r}, not of {features.name!r}; use those, or a protocol of your own with features={features.name!r}')
+    if features.name != p.features:
+        raise InputError(f'protocol {p.name!r} stands on the features of {p.features!r}, not of {features.name!r}; use those, or a protocol of your own')
     return features
 def _clip(clip, p, device)->ClipScore|None:
     if clip is False or not p.clip: return None
     clip = clip or clip_score(p.clip, p.prefix, device)
-    if (clip.name, clip.prefix) != (p.clip, p.prefix): raise InputError(f'protocol {p.name!r} scores captions with {p.clip!r} and prefix {p.prefix!r}, not {clip.name!r} and {clip.prefix!r}; give that one, or a protocol of your own')
+    if (clip.name, clip.prefix) != (p.clip, p.prefix):
+        raise InputError(f'protocol {p.name!r} scores captions with {p.clip!r}, prefix {p.prefix!r}, not {clip.name!r}, prefix {clip.prefix!r}; use those, or a protocol of your own')
     return clip
 def _reference(reference, features, p, **how)->Reference:
-    if reference is None and p.features != 'bundled scorer': raise InputError(f'protocol {p.name!r} needs its reference: a folder with {p.reference_n or "real"} pictures ({p.reference}), or a file of statistics')
+    if reference is None and p.features != 'bundled scorer':
+        raise InputError(f'protocol {p.name!r} needs its reference: a folder with {p.reference_n or "real"} pictures ({p.reference}), or a file of statistics')
     ref = reference_of(EMBEDDED/'reference.safetensors' if reference is None else reference, features, p.view, keep=p.keep, **how)
-    if None not in (p.reference_n, ref.n) and p.reference_n != ref.n: raise InputError(f'{ref.name!r} holds {ref.n} pictures, protocol {p.name!r} wants all {p.reference_n} of {p.reference}')
+    if None not in (p.reference_n, ref.n) and p.reference_n != ref.n:
+        raise InputError(f'{ref.name!r} holds {ref.n} pictures, protocol {p.name!r} wants all {p.reference_n} of {p.reference}')
     return ref
 def _used(p, images, ref, features, clip, rewards)->Protocol:
     captions = hashlib.sha256('\n'.join(images.captions).encode()).hexdigest() if images.captions else ''
-    return replace(p, n=images.n, reference_n=ref.n or p.reference_n, seed=images.seed, precision=images.precision, clip=clip.name if clip else '', prefix=clip.prefix if clip else '', reference_sha=ref.sha,
-        features_sha=features.sha, captions_sha=captions, clip_sha=clip.sha if clip else '', rewards=tuple(f'{r.name}@{r.sha[:8]}' for r in rewards))
+    text = dict(clip=clip.name, prefix=clip.prefix, clip_sha=clip.sha) if clip else dict(clip='', prefix='')
+    return replace(p, n=images.n, reference_n=ref.n or p.reference_n, seed=images.seed, precision=images.precision, reference_sha=ref.sha,
+        features_sha=features.sha, captions_sha=captions, rewards=tuple(f'{r.name}@{r.sha[:8]}' for r in rewards), **text)
 
-# %% ../nbs/19_protocols.ipynb #2a49a145
+# %% ../nbs/19_protocols.ipynb #5ca2952c
 def score_images(
     images, # a folder, or Images: `folder_images`, `generated`
     protocol, # a name in PROTOCOLS, or a Protocol of one's own
@@ -288,6 +305,7 @@ def score_images(
         for s, judge in zip(sums, judges): v = judge(pictures, [images.captions[i] for i in numbers]).double(); s += torch.stack([v.sum(), (v*v).sum()])
     cloud = share(cloud_of(images, features, p.view, keep=p.keep, also=ask, **how), world); sum_over_processes([sums], world)
     values = distances(cloud, ref, p, features.device if features.device.type == 'cuda' else 'cpu')
-    for judge, (m, mm) in zip(judges, (sums/images.n).tolist()): key = 'clip' if judge is clip else judge.name; values |= {key: m, f'{key}_se': (max(mm - m*m, 0)/images.n)**.5}
+    for judge, (m, mm) in zip(judges, (sums/images.n).tolist()):
+        key = 'clip' if judge is clip else judge.name; values |= {key: m, f'{key}_se': (max(mm - m*m, 0)/images.n)**.5}
     versions = {d: version(d) for d in ('sid-lsg-nb', 'torch', 'clean-fid', 'open_clip_torch', 'pillow', 'scipy')}
     return Result(name or images.name, values, _used(p, images, ref, features, clip, rewards), versions, datetime.now(timezone.utc).isoformat(timespec='seconds'))

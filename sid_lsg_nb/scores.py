@@ -8,7 +8,7 @@ __all__ = ['RESIZERS', 'INCEPTION', 'INCEPTIONS', 'Images', 'file_sha', 'read_im
            'sum_over_processes', 'share', 'cloud_of', 'Reference', 'load_reference', 'reference_of', 'kid', 'radii',
            'prdc']
 
-# %% ../nbs/18_scores.ipynb #db6a43a0
+# %% ../nbs/18_scores.ipynb #39716634
 import hashlib, json, os, re, tempfile, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ from torch import Tensor
 from torchvision.transforms.functional import center_crop
 from .core import InputError, atomic_write, rng, to_uint8
 from .denoiser import EMBEDDED
-from .metrics import Moments, Scorer, frechet
+from .metrics import Moments, Scorer
 
 # %% ../nbs/18_scores.ipynb #0b55b62e
 @dataclass(frozen=True)
@@ -57,12 +57,13 @@ def file_sha(file)->str:
     "SHA-256 of a file"
     with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
 
-# %% ../nbs/18_scores.ipynb #2e210cb7
+# %% ../nbs/18_scores.ipynb #bffa74b9
 def read_image(file)->Image.Image:
     "One picture as RGB; raises `InputError` naming a file that cannot be read"
     try:
         with Image.open(file) as im: return im.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise InputError(f'picture {str(file)!r} cannot be read ({type(e).__name__}); remove it or write it again') from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f'picture {str(file)!r} cannot be read ({type(e).__name__}); remove it or write it again') from e
 def folder_images(
     path, # searched with everything below it
     captions:list[str]|None=None, # one per picture, in natural order of the file names
@@ -72,16 +73,17 @@ def folder_images(
     "Pictures on disk; raises `InputError` for a folder that is missing or empty, or captions that do not match"
     path = Path(path)
     if not path.is_dir(): raise InputError(f'folder {str(path)!r} does not exist; give a folder with pictures')
-    natural = lambda p: [int(s) if s.isdigit() else s for s in re.split(r'(\d+)', p.relative_to(path).as_posix())]
+    natural = lambda p: [int(s) if i % 2 else s for i, s in enumerate(re.split(r'(\d+)', p.relative_to(path).as_posix()))]
     known = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = sorted((p for p in path.rglob('*') if p.suffix.lower() in known and p.name[0] != '.'), key=natural)
     if not files: raise InputError(f'folder {str(path)!r} holds no pictures; give one with png, jpg, webp or other files that PIL opens')
-    if captions is not None and len(captions) != len(files): raise InputError(f'{len(captions)} captions for the {len(files)} pictures in {str(path)!r}; give one per picture, in the order of the file names')
+    if captions is not None and len(captions) != len(files):
+        raise InputError(f'{len(captions)} captions for the {len(files)} pictures in {str(path)!r}; give one per picture, in the order of the file names')
     def get(numbers):
         with ThreadPoolExecutor(8) as pool: return list(pool.map(read_image, (files[i] for i in numbers)))
     return Images(get, len(files), path.name, captions, seed, precision, files)
 
-# %% ../nbs/18_scores.ipynb #2a79c108
+# %% ../nbs/18_scores.ipynb #0817d075
 def generated(
     draw, # (prompts, seeds) -> [B,3,H,W] in [-1,1]
     prompts:list[str], # one per picture
@@ -95,7 +97,8 @@ def generated(
     if len(seeds) != len(prompts) or not seeds: raise InputError(f'{len(prompts)} prompts and {len(seeds)} seeds; give one seed per prompt')
     def some(part):
         x = draw([prompts[i] for i in part], [seeds[i] for i in part])
-        if x.dim() != 4 or len(x) != len(part) or x.shape[1] != 3: raise InputError(f'the generator answered {len(part)} prompts with a tensor of shape {tuple(x.shape)}; [{len(part)}, 3, height, width] is wanted')
+        if x.dim() != 4 or len(x) != len(part) or x.shape[1] != 3:
+            raise InputError(f'the generator answered {len(part)} prompts with a tensor of shape {tuple(x.shape)}; [{len(part)}, 3, height, width] is wanted')
         if not x.isfinite().all(): raise InputError(f'pictures of seeds {[seeds[i] for i in part]} hold nan or inf; look at the checkpoint, or draw in fp32')
         return [Image.fromarray(im) for im in to_uint8(x.float())]
     get = lambda numbers: [im for i in range(0, len(numbers), batch) for im in some(numbers[i:i + batch])]
@@ -113,7 +116,7 @@ def blocks(
     if not 0 <= rank < world: raise InputError(f'process {rank} of {world} does not exist; ranks run from 0 to {world - 1}')
     return [range(i, min(i + batch, n)) for i in range(0, n, batch)][rank::world]
 
-# %% ../nbs/18_scores.ipynb #dea04aac
+# %% ../nbs/18_scores.ipynb #f873503a
 def tf_resize(
     x:np.ndarray, # [H,W,3]
     side:int,
@@ -125,14 +128,16 @@ def tf_resize(
     return F.grid_sample(torch.from_numpy(x).permute(2, 0, 1)[None].float(), grid, padding_mode='border', align_corners=False)[0]
 def _cleanfid(library, filter):
     def f(x, side):
-        with warnings.catch_warnings(): return torch.from_numpy(np.ascontiguousarray(make_resizer(library, False, filter, (side, side))(x))).permute(2, 0, 1)  # it would silence every warning
+        with warnings.catch_warnings(): y = make_resizer(library, False, filter, (side, side))(x)   # it would silence every warning from here on
+        return torch.from_numpy(np.ascontiguousarray(y)).permute(2, 0, 1)
     return f
 def _as_is(x, side):
-    if x.shape[:2] != (side, side): raise InputError(f'the feature network looks at {side}x{side} pictures and this one is {x.shape[1]}x{x.shape[0]}; draw at {side}, or choose a resizer')
+    if x.shape[:2] != (side, side):
+        raise InputError(f'the feature network looks at {side}x{side} pictures and this one is {x.shape[1]}x{x.shape[0]}; draw at {side}, or choose a resizer')
     return torch.from_numpy(x).permute(2, 0, 1).float()
 RESIZERS = dict(clean=_cleanfid('PIL', 'bicubic'), legacy_tensorflow=tf_resize, legacy_pytorch=_cleanfid('PyTorch', 'bilinear'), none=_as_is)
 
-# %% ../nbs/18_scores.ipynb #3b77d5f3
+# %% ../nbs/18_scores.ipynb #92a214ef
 @dataclass(frozen=True)
 class View:
     "From a picture to what the feature network sees"
@@ -143,7 +148,8 @@ class View:
         "The picture that is scored; raises `InputError` for one that would have to be enlarged, unless that is wanted"
         if not self.size or im.size == (self.size, self.size): return im
         side = min(im.size)
-        if side < self.size and not enlarge: raise InputError(f'a picture of {im.size[0]}x{im.size[1]} is smaller than the {self.size}x{self.size} that are scored; draw larger ones')
+        if side < self.size and not enlarge:
+            raise InputError(f'a picture of {im.size[0]}x{im.size[1]} is smaller than the {self.size}x{self.size} that are scored; draw larger ones')
         return center_crop(im, side).resize((self.size, self.size), Image.Resampling[self.filter.upper()])
     def pixels(self, im, side:int)->Tensor: # [3,side,side], 0..255
         "What the network gets"
@@ -162,15 +168,19 @@ class Features:
     def __call__(self, x:Tensor)->Tensor: # [B,3,side,side] of 0..255 -> [B,width], float32 on the CPU
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False): return self.net(x.to(self.device, torch.float32)).flatten(1).float().cpu()
 
-# %% ../nbs/18_scores.ipynb #f178c529
+# %% ../nbs/18_scores.ipynb #74f25f16
 def fetch_inception(folder=None)->Path: # default: PyTorch's cache of checkpoints
     "Inception through clean-fid's own download, whole or not at all; raises `InputError` when it cannot be had"
     folder = Path(folder or Path(torch.hub.get_dir())/'checkpoints'); file = folder/f'{INCEPTION}.pt'
     if file.exists(): return file
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as d: os.replace(downloads_helper.check_download_inception(d), file)
-    except OSError as e: raise InputError(f'{file.name} is not here and cannot be fetched ({e}); fetch {downloads_helper.inception_url} elsewhere and give it with --inception FILE') from e
+        with tempfile.TemporaryDirectory(dir=folder) as d:
+            got = downloads_helper.check_download_inception(d)
+            if file_sha(got) not in INCEPTIONS: raise OSError('what came is not that file, its SHA-256 differs')
+            os.replace(got, file)
+    except OSError as e:
+        raise InputError(f'{file.name} is not here and cannot be fetched ({e}); fetch {downloads_helper.inception_url} elsewhere and give it with --inception FILE') from e
     return file
 def inception(
     file=None, # TorchScript with its layers under .layers or .net.layers; None: clean-fid's, fetched once
@@ -178,11 +188,13 @@ def inception(
 )->Features:
     "The network of FID, without its own resizing; raises `InputError` for a file that is missing or has no layers"
     file = Path(file) if file else fetch_inception()
-    if not file.is_file(): raise InputError(f'feature network {str(file)!r} does not exist; leave it out to let clean-fid fetch it, or give a TorchScript file')
+    if not file.is_file():
+        raise InputError(f'feature network {str(file)!r} does not exist; leave it out to let clean-fid fetch it, or give a TorchScript file')
     try:
         with warnings.catch_warnings(): warnings.simplefilter('ignore', FutureWarning); net = torch.jit.load(str(file), map_location=device).eval()
         layers = (net if hasattr(net, 'layers') else net.net).layers
-    except (RuntimeError, AttributeError) as e: raise InputError(f'{str(file)!r} is no TorchScript file with its layers under .layers; give {INCEPTION}.pt') from e
+    except (RuntimeError, AttributeError) as e:
+        raise InputError(f'{str(file)!r} is no TorchScript file with its layers under .layers; give {INCEPTION}.pt') from e
     sha = file_sha(file)
     return Features(lambda x: layers((x - 128)/128), INCEPTIONS.get(sha, file.name), sha, 299, device)
 def bundled_features(folder=EMBEDDED/'scorer', device='cpu')->Features:
@@ -190,7 +202,7 @@ def bundled_features(folder=EMBEDDED/'scorer', device='cpu')->Features:
     scorer = Scorer(folder, device)
     return Features(lambda x: scorer.images(x/127.5 - 1), 'bundled scorer', file_sha(Path(folder)/'open_clip_model.safetensors'), 32, device)
 
-# %% ../nbs/18_scores.ipynb #721381b2
+# %% ../nbs/18_scores.ipynb #681d00ff
 class Cloud:
     "What is remembered of many features: their sums, and the rows of a fixed few"
     def __init__(self, width:int, n:int, keep:int=0, seed:int=0):
@@ -210,7 +222,8 @@ class Cloud:
 def sum_over_processes(tensors:list[Tensor], world:int=1):
     "Each tensor becomes its sum over all processes; raises `InputError` if they were not started together"
     if world == 1: return
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() == world): raise InputError(f'{world} processes are asked for and they do not know each other; start with torchrun or accelerate launch')
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() == world):
+        raise InputError(f'{world} processes are asked for and they do not know each other; start with torchrun or accelerate launch')
     where = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
     for t in tensors:
         u = t.to(where); dist.all_reduce(u); t.copy_(u)
@@ -243,7 +256,7 @@ def cloud_of(
             if also: also(numbers, pictures)
     return cloud
 
-# %% ../nbs/18_scores.ipynb #ce2daa22
+# %% ../nbs/18_scores.ipynb #36f19b9a
 @dataclass(frozen=True)
 class Reference:
     "What pictures are compared with"
@@ -263,8 +276,10 @@ def load_reference(file)->Reference:
             with safe_open(file, 'pt') as z: t = {k: z.get_tensor(k) for k in z.keys()}
         n, kept = t.get('n'), t.get('kept')
         return Reference(t['mu'].double(), t['sigma'].double(), file.name, file_sha(file), None if n is None else int(n), kept)
-    except FileNotFoundError as e: raise InputError(f'reference {str(file)!r} does not exist; give a folder of real pictures, or npz or safetensors with mu and sigma') from e
-    except (OSError, ValueError, KeyError, SafetensorError) as e: raise InputError(f'reference {str(file)!r} has no readable mu and sigma ({e}); give a folder of real pictures, or npz or safetensors') from e
+    except FileNotFoundError as e:
+        raise InputError(f'reference {str(file)!r} does not exist; give a folder of real pictures, or npz or safetensors with mu and sigma') from e
+    except (OSError, ValueError, KeyError, SafetensorError) as e:
+        raise InputError(f'reference {str(file)!r} has no readable mu and sigma ({e}); give a folder of real pictures, or npz or safetensors') from e
 
 # %% ../nbs/18_scores.ipynb #ee7c741b
 def _key(images, features, view, keep)->str: return hashlib.sha256(json.dumps([images.sha, images.n, features.sha, vars(view), keep]).encode()).hexdigest()

@@ -59,7 +59,7 @@ def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser
     lend = lambda k: Denoiser(Lent(d.net, k, config.rank), d.schedule, p.autocast)
     return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
 
-# %% ../nbs/24_trainer.ipynb #059a779f
+# %% ../nbs/24_trainer.ipynb #2d288bea
 @dataclass
 class Job:
     "A run in progress"
@@ -80,8 +80,9 @@ def find_prompts(config:Config, team:Team)->Prompts:
     if config.teacher != 'embedded' and not config.prompts:
         raise InputError(f'teacher {config.teacher!r} needs --prompts FILE (one prompt per line); public lists: the Aesthetics 6+ prompts named in the SiD-LSG README, DiffusionDB, or the captions of COCO')
     look = lambda: open_prompts(config.prompts or EMBEDDED/'prompts.txt', config.column)
-    team.first(lambda: look().report)
-    return look()
+    team.first(lambda: look().report); prompts = look()
+    if config.column and not prompts.column: raise InputError(f'--column {config.column} says nothing about a text file, where every line is a prompt; leave it away')
+    return prompts
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
     "Everything a run needs; raises `InputError` for input that cannot work"
     check(config); team = team or Team(config.device); rounds(config.batch, config.micro, team.world); allow_tf32(config.tf32)
