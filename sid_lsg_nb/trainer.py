@@ -7,7 +7,7 @@ __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'setup', 'iterate', '
            'Sheets', 'closing_table', 'score_now', 'Diverged', 'Watch', 'save', 'follow', 'leave_house', 'go_back',
            'train']
 
-# %% ../nbs/24_trainer.ipynb #35928288
+# %% ../nbs/24_trainer.ipynb #cc6f2577
 import json, signal, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +26,9 @@ from .pipeline import save_student
 from .metrics import TINY_HEADER, Scorer, TinyScore, tiny_score
 from .checkpoint import CheckpointError, load_latest, save_checkpoint
 from .prompts import Prompts, open_prompts
-from .parallel import Team, allow_tf32, cut_like, make_learner, precision_of, rounds, slices, whole
+from .parallel import Team, allow_tf32, cut_like, make_learner, precision_of, slices, whole
 from .memory import Lent, plain_copy
-from .settings import Config, check, differences, label, plan, recipe_of, resume_folder, run_folder, saved_config
+from .settings import Config, differences, label, plan, recipe_of, resume_folder, run_folder, saved_config, settle
 from .watch import Band, Log, curves, in_parts, many_step_draw, sheet, student_draw, tracker
 
 # %% ../nbs/24_trainer.ipynb #cb3785d7
@@ -59,7 +59,7 @@ def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser
     lend = lambda k: Denoiser(Lent(d.net, k, config.rank), d.schedule, p.autocast)
     return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
 
-# %% ../nbs/24_trainer.ipynb #2d288bea
+# %% ../nbs/24_trainer.ipynb #fcaa8cee
 @dataclass
 class Job:
     "A run in progress"
@@ -85,7 +85,7 @@ def find_prompts(config:Config, team:Team)->Prompts:
     return prompts
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
     "Everything a run needs; raises `InputError` for input that cannot work"
-    check(config); team = team or Team(config.device); rounds(config.batch, config.micro, team.world); allow_tf32(config.tf32)
+    team = team or Team(config.device); config = settle(config, team.world); allow_tf32(config.tf32)
     prompts = find_prompts(config, team)
     teacher = teacher or load_teacher(config.teacher, team.device); teacher.vae_rests = config.vae_rests
     if config.vae_rests: teacher.vae.to(config.vae_rests)
@@ -143,7 +143,7 @@ def open_run(config:Config, team:Team|None=None)->tuple[Job, Path]: # the job, i
     say(f'resuming {folder} at {job.nimg} images (checkpoint {path.name})' + (f'; changed settings: {", ".join(changed)}' if changed else ''))
     return job, folder
 
-# %% ../nbs/24_trainer.ipynb #cf873534
+# %% ../nbs/24_trainer.ipynb #361bd10f
 def ways_to_draw(job:Job)->dict: # name: `(prompts, seeds) -> pictures`
     "The rows of the sheets"
     c, t_init = job.config, job.game.recipe.t_init
@@ -175,7 +175,7 @@ def closing_table(job:Job, progress=tqdm)->list[TinyScore]:
 def score_now(job:Job)->dict:
     "tiny-FD and concept accuracy of the average, for a line of the log"
     s = tiny_score('now', student_draw(job.teacher, job.ema.net, job.game.recipe.t_init), Scorer(), n=job.config.n_eval, seed=job.config.seed)
-    return dict(tiny_fd=round(s.fd, 4), concept=round(s.concept, 4))
+    return dict(tiny_fd=round(s.tiny_fd, 4), concept=round(s.concept, 4))
 
 # %% ../nbs/24_trainer.ipynb #f7b05968
 class Diverged(RuntimeError): "The run went wrong for too long; the last good state is on disk"
@@ -234,12 +234,12 @@ def go_back(job:Job, folder:Path):
     try: restore(job, load_latest(folder/'checkpoints')[1])
     except CheckpointError: raise Diverged('there is no good checkpoint to go back to; nothing was exported') from None
 
-# %% ../nbs/24_trainer.ipynb #1f2685c3
+# %% ../nbs/24_trainer.ipynb #d15e6c58
 def train(config:Config=Config())->Path|None: # the run folder
     "Distil a teacher into a one-step generator and leave a complete run folder; raises `InputError` for input that cannot work, `Diverged` for a run that went wrong"
     team = Team(config.device)
     if config.dry_run: return plan(config, team.world) if team.main else None
-    job, folder = open_run(config, team); say = print if team.main else lambda *_: None
+    job, folder = open_run(config, team); say, config = print if team.main else lambda *_: None, job.config
     say(f'run folder {folder}\n{label(config)}, t_init {job.game.recipe.t_init}, device {team.device}' + f' x {team.world} processes'*(team.world > 1) + f', precision {config.precision}, {job.prompts.report}')
     sheets = Sheets(job, folder); sheets(job.nimg)
     try: stopped = follow(job, folder, sheets)

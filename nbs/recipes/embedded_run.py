@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from sid_lsg_nb.denoiser import load_teacher
 from sid_lsg_nb.metrics import Scorer, tiny_score
-from sid_lsg_nb.trainer import Config, many_step_draw
+from sid_lsg_nb.settings import Config
+from sid_lsg_nb.watch import many_step_draw
 
 IMAGES = Path(__file__).parent.parent/'images'
 
