@@ -45,7 +45,7 @@ def stop_flag():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/24_trainer.ipynb #ee1e58af
+# %% ../nbs/24_trainer.ipynb #3c905ce5
 def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser]: # teacher, fake, generator
     "Three views: each with its own weights, or a LoRA on the teacher's"
     p, d = precision_of(config.precision), teacher.denoiser; shared = {k: config.lora in (k, 'both') for k in ('fake', 'generator')}
@@ -57,7 +57,9 @@ def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser
         if config.channels_last: net.net.to(memory_format=torch.channels_last)
         if config.compile: net.net.compile()
     lend = lambda k: Denoiser(Lent(d.net, k, config.rank), d.schedule, p.autocast)
-    return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)                                                # a LoRA begins with dice
+        return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
 
 # %% ../nbs/24_trainer.ipynb #fcaa8cee
 @dataclass
