@@ -21,7 +21,7 @@ from .checkpoint import checkpoints
 from .memory import SHAPES, budget, meta_unet, print_budget
 from .parallel import divide
 
-# %% ../nbs/22_settings.ipynb #34301bb9
+# %% ../nbs/22_settings.ipynb #505758a8
 @dataclass(frozen=True)
 class Config:
     "Settings of one distillation run"
@@ -53,8 +53,8 @@ class Config:
     clip: float | None = None      # clip each number of the gradient to +-clip; 1 in the published fp16 run, none in the others
     precision: Literal['fp32', 'bf16', 'fp16', 'pure-bf16', 'pure-fp16'] = 'fp32' # bf16 and fp16 keep fp32 weights and compute in 16 bits; pure-* store everything in 16 bits
     tf32: bool = False             # let NVIDIA GPUs round fp32 products to 19 bits: faster; off in the published runs
-    sequential: bool = False       # one network's graph in memory at a time: less memory, about a quarter more time
-    checkpointing: bool = False    # recompute activations in the backward pass: much less memory, about a third more time
+    sequential: bool = False       # one network's graph in memory at a time: less memory, more time
+    checkpointing: bool = False    # recompute activations in the backward pass: much less memory, more time
     lora: Literal['none', 'fake', 'generator', 'both'] = 'none' # learn low-rank additions on the teacher's weights, which are then shared; usually wants a larger lr
     rank: int = 64                 # of the LoRA
     bits: Literal[32, 8] = 32      # of Adam's states; 8 needs bitsandbytes and a GPU
@@ -74,7 +74,9 @@ class Config:
     alarm: float = 10.0            # warn when the gap to the teacher or a gradient norm is so many times its running mean
     patience: int = 200            # stop after so many bad iterations in a row (skipped, or under alarm)
     track: Literal['none', 'tensorboard', 'wandb'] = 'none' # besides log.jsonl, which is always written
-    eval_every: int = 0            # images between scores of n_eval pictures during the run (bundled teacher only); 0: only at the end
+    eval_every: int = 0            # images between scores of n_eval pictures during the run; 0: none until the end
+    eval_reference: str = ''       # folder of real pictures to score against; the bundled teacher needs none
+    inception: str = ''            # TorchScript file of the feature network for that, or "bundled"; default: clean-fid's Inception, fetched once
     dry_run: bool = False          # print the resolved settings, a memory estimate and what would be written, and do nothing
     n_eval: int = 1_000            # pictures per row of the closing table; 0: no table
     teacher_steps: int = 25        # the teacher's sampler steps, in sheets and table
@@ -87,7 +89,7 @@ def kappas(config:Config)->Kappa:
     own = {k: v for k in ('kappa1', 'kappa2', 'kappa3', 'kappa4') if (v := getattr(config, k)) is not None}
     return replace(base, **own)
 
-# %% ../nbs/22_settings.ipynb #02d75efb
+# %% ../nbs/22_settings.ipynb #1a8a245b
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     def must(ok, text):
@@ -110,9 +112,12 @@ def check_together(config:Config):
              ('lora', 'shard', config.lora != 'none' and config.shard, 'leave one away'), ('lora', 'compile', config.lora != 'none' and config.compile, 'leave one away'),
              ('lora of the generator', 'ema-device cpu', config.lora in ('generator', 'both') and config.ema_device == 'cpu', 'leave --ema-device away: the average of a LoRA is small'),
              ('bits 8', 'shard', config.bits == 8 and config.shard, 'leave one away'), ('ema-device cpu', 'shard', config.shard and config.ema_device == 'cpu', 'leave one away'),
-             ('eval-every', 'another teacher than the bundled one', config.eval_every and config.teacher != 'embedded', 'leave --eval-every away and score its pictures afterwards')]
+             ('eval-every', 'n-eval 0', config.eval_every and config.n_eval == 0, 'say how many pictures, --n-eval 1000')]
     for a, b, both, cure in apart:
         if both: raise InputError(f'{a} and {b} do not go together; {cure}')
+    if config.eval_every and config.teacher != 'embedded' and not config.eval_reference: raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
+    for given, what in ((config.eval_reference, 'eval-reference'), (config.inception, 'inception')):
+        if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what == 'eval-reference' else f'--{what} {given} does not exist; leave it away to have it fetched')
     if config.track != 'none' and importlib.util.find_spec(config.track) is None: raise InputError(f'--track {config.track} needs the package; pip install {config.track}')
 def settle(config:Config, world:int=1)->Config:
     "Checked, with batch, micro and rounds worked out for so many processes; raises `InputError`"

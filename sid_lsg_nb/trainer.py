@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'setup', 'iterate', 'state_of', 'restore', 'open_run', 'ways_to_draw',
-           'Sheets', 'closing_table', 'score_now', 'Diverged', 'Watch', 'save', 'follow', 'leave_house', 'go_back',
-           'train']
+           'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged', 'Watch', 'save', 'follow',
+           'leave_house', 'go_back', 'train']
 
-# %% ../nbs/24_trainer.ipynb #cc6f2577
+# %% ../nbs/24_trainer.ipynb #6f923604
 import json, signal, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 import torch
@@ -26,6 +27,8 @@ from .pipeline import save_student
 from .metrics import TINY_HEADER, Scorer, TinyScore, tiny_score
 from .checkpoint import CheckpointError, load_latest, save_checkpoint
 from .prompts import Prompts, open_prompts
+from .scores import Features, bundled_features, generated, inception
+from .protocols import PROTOCOLS, score_images
 from .parallel import Team, allow_tf32, cut_like, make_learner, precision_of, slices, whole
 from .memory import Lent, plain_copy
 from .settings import Config, differences, label, plan, recipe_of, resume_folder, run_folder, saved_config, settle
@@ -145,7 +148,7 @@ def open_run(config:Config, team:Team|None=None)->tuple[Job, Path]: # the job, i
     say(f'resuming {folder} at {job.nimg} images (checkpoint {path.name})' + (f'; changed settings: {", ".join(changed)}' if changed else ''))
     return job, folder
 
-# %% ../nbs/24_trainer.ipynb #361bd10f
+# %% ../nbs/24_trainer.ipynb #430f39c4
 def ways_to_draw(job:Job)->dict: # name: `(prompts, seeds) -> pictures`
     "The rows of the sheets"
     c, t_init = job.config, job.game.recipe.t_init
@@ -174,10 +177,20 @@ def closing_table(job:Job, progress=tqdm)->list[TinyScore]:
         scores.append(tiny_score(name, draw, scorer, n=c.n_eval, seed=c.seed, progress=lambda it: progress(list(it), desc=name, leave=False, disable=not job.team.main)))
         say(scores[-1].row(), flush=True)
     return scores
+@cache
+def feature_network(file:str, device:str)->Features:
+    "Opened once per run"
+    return bundled_features(device=device) if file == 'bundled' else inception(file or None, device)
 def score_now(job:Job)->dict:
-    "tiny-FD and concept accuracy of the average, for a line of the log"
-    s = tiny_score('now', student_draw(job.teacher, job.ema.net, job.game.recipe.t_init), Scorer(), n=job.config.n_eval, seed=job.config.seed)
-    return dict(tiny_fd=round(s.tiny_fd, 4), concept=round(s.concept, 4))
+    "For a line of the log: tiny-FD and concept accuracy in the bundled world, else FID, KID, precision and recall against a folder"
+    c, team, draw = job.config, job.team, student_draw(job.teacher, job.ema.net, job.game.recipe.t_init)
+    if not c.eval_reference:
+        s = tiny_score('now', draw, Scorer(), n=c.n_eval, seed=c.seed)
+        return dict(tiny_fd=round(s.tiny_fd, 4), concept=round(s.concept, 4))
+    features = feature_network(c.inception, str(team.device)); protocol = replace(PROTOCOLS['folder-vs-folder'], name='during the run', n=c.n_eval, features=features.name, subset_size=min(1000, c.n_eval))
+    images = generated(draw, PromptStream(job.prompts, c.seed).take(c.n_eval), range(c.seed, c.seed + c.n_eval), c.micro)
+    shard = dict(world=team.world, rank=team.rank) if not c.shard else {}               # slices have to be asked by all together
+    return {k: round(v, 5) for k, v in score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard).values.items()}
 
 # %% ../nbs/24_trainer.ipynb #f7b05968
 class Diverged(RuntimeError): "The run went wrong for too long; the last good state is on disk"

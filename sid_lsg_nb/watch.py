@@ -64,14 +64,14 @@ class Band:
             for k in self.keys: self.mean[k] = self.mean.get(k, 0.) + rate*(row[k] - self.mean.get(k, 0.))
         return wild
 
-# %% ../nbs/23_watch.ipynb #25f76cf7
+# %% ../nbs/23_watch.ipynb #67177f19
 def curves(rows:list[dict], file, title:str=''):
     "curves.png: what to look at first, then the losses and gradient norms, against images seen"
-    scored = [r for r in rows if 'tiny_fd' in r]; panels = [('E||y_real - y_fake||^2: look here', ['fisher']), ('losses', ['loss', 'loss_fake']), ('gradient norms', ['norm', 'norm_fake'])]
-    if scored: panels.insert(1, ('tiny-FD of the average', ['tiny_fd']))
+    score = next((k for k in ('tiny_fd', 'fid', 'fd') if any(k in r for r in rows)), None); scored = [r for r in rows if score in r]; panels = [('E||y_real - y_fake||^2: look here', ['fisher']), ('losses', ['loss', 'loss_fake']), ('gradient norms', ['norm', 'norm_fake'])]
+    if scored: panels.insert(1, (f'{score} of the average', [score]))
     fig = Figure(figsize=(3.4*len(panels), 3), dpi=90); axes = fig.subplots(1, len(panels))
     for ax, (name, keys) in zip(axes, panels):
-        known = scored if keys == ['tiny_fd'] else rows
+        known = scored if keys == [score] else rows
         for k in keys: ax.plot([r['nimg'] for r in known], [r[k] for r in known], label=k, lw=1, marker='.' if known is scored else '')
         ax.set_title(name, fontsize=9); ax.set_xlabel('images seen', fontsize=8); ax.tick_params(labelsize=7); ax.legend(fontsize=7)
         if keys != ['loss', 'loss_fake']: ax.set_yscale('log')
