@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'draw', 'fake_losses', 'verdict', 'judge', 'generator_losses', 'frozen', 'Learner', 'Game', 'fake_step',
            'pull', 'pull_in_turn', 'generator_step', 'where_ok', 'Kept', 'text_batches', 'shares', 'distill']
 
-# %% ../nbs/10_distill.ipynb #6dafcd95
+# %% ../nbs/10_distill.ipynb #36a98687
 import math, weakref
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Iterator
 import torch
 from torch import Tensor, nn
-from .core import Cond, InputError, cond_slice
+from .core import Cond, InputError
 from .conditioning import PromptStream, TextEncoder, drop_prompts
 from .guidance import Kappa, guided
 from .generator import one_step

@@ -21,7 +21,7 @@ from .checkpoint import checkpoints
 from .memory import SHAPES, budget, meta_unet, print_budget
 from .parallel import divide
 
-# %% ../nbs/22_settings.ipynb #505758a8
+# %% ../nbs/22_settings.ipynb #43b35abd
 @dataclass(frozen=True)
 class Config:
     "Settings of one distillation run"
@@ -57,7 +57,7 @@ class Config:
     checkpointing: bool = False    # recompute activations in the backward pass: much less memory, more time
     lora: Literal['none', 'fake', 'generator', 'both'] = 'none' # learn low-rank additions on the teacher's weights, which are then shared; usually wants a larger lr
     rank: int = 64                 # of the LoRA
-    bits: Literal[32, 8] = 32      # of Adam's states; 8 needs bitsandbytes and a GPU
+    bits: Literal[32, 8] = 32      # of Adam's states; 8 needs bitsandbytes
     ema_device: Literal['', 'cpu'] = '' # cpu: the average waits there; saves its weights on the GPU, costs a transfer per step
     vae_rests: Literal['', 'cpu'] = '' # cpu: the VAE waits there while nothing is decoded
     shard: bool = False            # several processes: slices of each network (FSDP2) instead of copies (DDP)
