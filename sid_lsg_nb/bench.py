@@ -93,7 +93,7 @@ def floor_calls(job:Job)->dict: # name: a function that does the calls
     if game.sequential: calls |= {'generator draws again': lambda: look(G, one), 'fake is asked again': lambda: look(F, twice)}
     return calls
 
-# %% ../nbs/25_bench.ipynb #1b135045
+# %% ../nbs/25_bench.ipynb #89c0735a
 def clock(work, device:torch.device)->float: # seconds
     "How long something takes, the device included"
     wait = torch.cuda.synchronize if device.type == 'cuda' else torch.mps.synchronize if device.type == 'mps' else lambda: None
@@ -113,7 +113,7 @@ def measure(b:Bench)->dict: # settings, machine, ratio, seconds, parts, img_per_
     peak = clock(lambda: next(it), team.device) and (torch.cuda.max_memory_allocated()/2**30 if team.device.type == 'cuda' else None)
     for _ in tqdm(range(b.repeat), unit='turn'): turns.append((clock(lambda: next(it), team.device), {k: clock(f, team.device) for k, f in calls.items()}))
     whole, floors = [w for w, _ in turns], [sum(p.values()) for _, p in turns]
-    return dict(settings=asdict(b), machine=machine(team.device), ratio=round(statistics.median(w/f for w, f in zip(whole, floors)), 4), seconds=round(statistics.median(whole), 5), floor=round(statistics.median(floors), 5),
+    return dict(settings={k: v for k, v in asdict(b).items() if k != 'out'}, machine=machine(team.device), ratio=round(statistics.median(w/f for w, f in zip(whole, floors)), 4), seconds=round(statistics.median(whole), 5), floor=round(statistics.median(floors), 5),
         parts={k: round(statistics.median(p[k] for _, p in turns), 5) for k in calls}, img_per_s=round(b.micro/statistics.median(whole), 3), peak_gib=peak and round(peak, 3))
 
 # %% ../nbs/25_bench.ipynb #82b54ae1

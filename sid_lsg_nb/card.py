@@ -152,7 +152,7 @@ def model_card(
         prompt=prompt.replace("'", r"\'"), t_init=t_init, sigma=sigma, scores=score_section(scores), trained=f'{seen}{"; last line of the log: " + last if last else ""}.',
         recipe=table(rows, ['setting', 'value']), prompts=prompts_line(config.get('prompts', ''), prompts), versions=', '.join(f'{k} {v}' for k, v in versions().items()), license=terms)
 
-# %% ../nbs/17_card.ipynb #ee885786
+# %% ../nbs/17_card.ipynb #8f473e8a
 def write_card(
     run, # a run folder, with generator/ in it
     title:str|None=None, # default: the run's name
@@ -160,7 +160,7 @@ def write_card(
     results=(), # files of saved results, for the scores
 )->Path: # generator/README.md
     "Write the card and the last sample sheet into the student's folder; raises `InputError` if this is no finished run"
-    run = Path(run).expanduser(); folder, sheets = run/'generator', sorted((run/'samples').glob('*.png'))
+    run = Path(run).expanduser(); folder, sheets = run/'generator', sorted((run/'samples').glob('[0-9]*.png'))
     if not (run/'config.json').is_file(): raise InputError(f'{str(run)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
     t_init, sigma = start(load_student(run).pipe)
     read = lambda name: (run/name).read_text(encoding='utf-8') if (run/name).is_file() else ''

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'Subject', 'is_one_step', 'read_log', 'facts', 'open_run', 'subject', 'Evaluate', 'needs', 'fewer',
-           'protocol_for', 'asked', 'check_way', 'drawn', 'judge', 'free_file', 'pictures_of', 'evaluate', 'Compare',
-           'closing_rows', 'sound', 'score_tables', 'points', 'curve', 'curves_of', 'key', 'card', 'table', 'png',
-           'picture_rows', 'page', 'prompts_of', 'teacher_of', 'check_page', 'compare']
+           'protocol_for', 'asked', 'check_way', 'drawn', 'judge', 'must_write', 'free_file', 'pictures_of', 'evaluate',
+           'Compare', 'closing_rows', 'sound', 'score_tables', 'points', 'curve', 'curves_of', 'key', 'card', 'table',
+           'png', 'picture_rows', 'page', 'is_file', 'prompts_of', 'teacher_of', 'check_page', 'compare']
 
-# %% ../nbs/26_compare.ipynb #380fd5ed
-import base64, html, io, json, math, re
+# %% ../nbs/26_compare.ipynb #fe4567e9
+import base64, html, io, json, math, os, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,7 @@ from .conditioning import PromptStream, read_prompts
 from .denoiser import EMBEDDED, load_teacher
 from .pipeline import load_student
 from .prompts import open_prompts
-from .card import protocol as told
+from .card import origin, protocol as told
 from .scores import INCEPTION, Images, fetch_inception, folder_images, generated
 from .protocols import PROTOCOLS, ClipScore, Protocol, Result, clip_score, comparable, find_protocol, load_result, reward, score_images
 from .parallel import Team
@@ -46,7 +46,7 @@ def is_one_step(folder:Path)->bool:
     except (OSError, ValueError): return False
     return isinstance(c, dict) and c.get('_class_name') == 'EulerDiscreteScheduler' and c.get('timestep_spacing') == 'trailing' and bool(c.get('trained_betas'))
 
-# %% ../nbs/26_compare.ipynb #798e7555
+# %% ../nbs/26_compare.ipynb #d400e203
 def read_log(file:Path)->list[dict]:
     "Lines of log.jsonl; a torn last one is left out; raises `InputError` for what is no log"
     lines, rows = file.read_text(encoding='utf-8', errors='replace').splitlines() if file.is_file() else [], []
@@ -60,7 +60,7 @@ def facts(s:Subject)->dict[str, str]:
     c, seen = s.config, f'{s.log[-1]["nimg"]:,}' if s.log else 'unknown'
     if c is None: return {'settings': 'unknown, this is no run folder'}
     lr = f'{c.lr:g}' + (f', fake {c.lr_fake:g}' if c.lr_fake != c.lr else '')
-    return {'guidance': label(c), 'images seen': f'{seen} of {c.nimg:,}', 'lr': lr, 'precision': f'{c.precision}' + (f', LoRA {c.lora}' if c.lora != 'none' else ''), 'batch': f'{c.batch}', 'teacher': Path(c.teacher).name, 'seed': f'{c.seed}'}
+    return {'guidance': label(c), 'images seen': f'{seen} of {c.nimg:,}', 'lr': lr, 'precision': f'{c.precision}' + (f', LoRA {c.lora}' if c.lora != 'none' else ''), 'batch': f'{c.batch}', 'teacher': origin(c.teacher)[0], 'seed': f'{c.seed}'}
 def open_run(run:Path)->Subject:
     "A run folder; raises `InputError` for one that cannot be read or has no generator yet"
     try: config = saved_config(run); facts(s := Subject('student', str(run/'generator'), run.resolve().name, run, config, read_log(run/'log.jsonl')))
@@ -159,7 +159,10 @@ def judge(spec:str, p:Protocol, device)->tuple[ClipScore|bool|None, Protocol]: #
     clip = ClipScore(spec, prefix=p.prefix, device=device) if spec.startswith('local-dir:') else clip_score(spec, p.prefix, device)
     return clip, replace(p, name=f'{p.name}-clip-{re.sub("[^A-Za-z0-9]+", "-", clip.name)}', clip=clip.name)
 
-# %% ../nbs/26_compare.ipynb #cc566d59
+# %% ../nbs/26_compare.ipynb #936315f5
+def must_write(folder:Path):
+    "Raise `InputError` now rather than lose hours of work later"
+    if not folder.absolute().is_dir() or not os.access(folder, os.W_OK): raise InputError(f'nothing can be written to {str(folder)!r}; give --out a file in a folder that is there and open to you')
 def free_file(home:Path|None, name:str)->Path:
     "scores-NAME.json, or with the first number that is free"
     home, n = home or Path(), 1
@@ -176,25 +179,25 @@ def pictures_of(args:Evaluate, s:Subject, p:Protocol, device)->tuple[Images, Pro
 def evaluate(args:Evaluate)->Result: # the same in every process
     "Score, print one line, and keep it; of several processes each draws its share, the first one writes; raises `InputError` with nothing written"
     out, s = Path(args.out).expanduser(), subject(args.what); check_way(s, args.steps, args.kappa); p = protocol_for(args, s)
-    if args.out and (out.exists() or not out.absolute().parent.is_dir()): raise InputError(f'--out {args.out} exists, or its folder does not; give another file, or leave --out away')
+    if args.out and out.exists(): raise InputError(f'--out {args.out} exists; give another file, or leave --out away')
+    must_write(out.parent if args.out else s.home or Path())
     if args.batch < 1: raise InputError(f'batch {args.batch} must be at least 1')
     team = Team(args.device); device = team.device
     images, p = pictures_of(args, s, p, device); clip, p = judge(args.clip, p, device); judges = [reward(r, device) for r in args.rewards]
     features = args.inception or (team.first(lambda: str(fetch_inception())) if p.features == INCEPTION else None)
     r = score_images(images, p, reference=Path(args.reference).expanduser() if args.reference else None, features=features, clip=clip, rewards=judges, device=device, rank=team.rank, world=team.world, batch=args.batch)
     if team.main:
-        r.save(file := out if args.out else free_file(s.home, p.name))
-        print(r.line(), f'written to {file}', sep='\n')
+        print(r.line()); r.save(file := out if args.out else free_file(s.home, p.name)); print(f'written to {file}')
     team.leave()
     return r
 
-# %% ../nbs/26_compare.ipynb #a4f59110
+# %% ../nbs/26_compare.ipynb #b8a368a6
 @dataclass(frozen=True)
 class Compare:
     "Lay runs side by side on one page: settings, scores, curves, and pictures at the same noise and prompts"
     runs: tyro.conf.Positional[tuple[str, ...]] # run folders or one-step pipelines, one column each
     prompts: tuple[str, ...] = () # in quotes, or a text file with one prompt per line; default: the first ones of the first run
-    n: int = 8                   # rows, one prompt each
+    n: int = 8                   # rows from a text file or a run; prompts in quotes are all shown
     seed: int = 0                # row i is drawn from seed + i, the same in every column
     out: str = 'compare.html'    # the page; an older page is replaced, another file is not
     steps: int = 1               # network steps of the columns
@@ -234,7 +237,7 @@ def score_tables(subjects:list[Subject])->list[tuple[str, list[tuple[str, dict, 
     for rows in tables.values(): names = [r[0] for r in rows]; rows.sort(key=lambda r: (names.index(r[0]), r[2]))
     return list(tables.items())
 
-# %% ../nbs/26_compare.ipynb #562414ed
+# %% ../nbs/26_compare.ipynb #0dbfb433
 def points(log:list[dict], key:str, most:int=240)->list[tuple[float, float]]: # (images seen, log10 of the value)
     "What can be drawn of a log, thinned out"
     ps = [(r['nimg'], math.log10(r[key])) for r in log if isinstance(r.get(key), (int, float)) and math.isfinite(r[key]) and r[key] > 0]
@@ -244,7 +247,7 @@ def curve(ps:list[tuple[float, float]], frame:tuple[float, float, float], title:
     if not ps: return ''
     (end, lo, hi), line = frame, []
     for x, y in ps: line.append(f'{w*x/max(end, 1):.1f},{h - 4 - (h - 8)*(y - lo)/((hi - lo) or 1):.1f}')
-    return (f'<figure class="curve"><figcaption>{html.escape(title)}: {10**ps[0][1]:.3g} to {10**ps[-1][1]:.3g}</figcaption><svg viewBox="0 0 {w} {h}" role="img" aria-label="{html.escape(title)}">'
+    return (f'<figure class="curve"><figcaption>{html.escape(title)}: {10**ps[0][1]:.3g} to {10**ps[-1][1]:.3g}</figcaption><svg viewBox="0 0 {w} {h}" preserveAspectRatio="none" role="img" aria-label="{html.escape(title)}">'
             f'<path class="floor" d="M0 {h - .5}H{w}"/><polyline points="{" ".join(line)}"/></svg></figure>')
 def curves_of(subjects:list[Subject])->list[str]:
     "The drawings of each run, in frames that all share"
@@ -254,16 +257,16 @@ def curves_of(subjects:list[Subject])->list[str]:
         if ps: frame = (max(x for x, _ in ps), min(y for _, y in ps), max(y for _, y in ps)); out = [o + curve(q, frame, title) for o, q in zip(out, every)]
     return out
 
-# %% ../nbs/26_compare.ipynb #a025a405
+# %% ../nbs/26_compare.ipynb #b35c9372
 STYLE = '''
 :root{color-scheme:light dark;--bg:#fff;--fg:#1c1e21;--soft:#5c6670;--line:#d9dcdf;--card:#f5f6f7;--mark:#a8410a}
 @media(prefers-color-scheme:dark){:root{--bg:#14171a;--fg:#e7e5e2;--soft:#9ba5ae;--line:#363b40;--card:#1d2125;--mark:#ffa264}}
 *{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:84rem;font:16px/1.45 system-ui,sans-serif;background:var(--bg);color:var(--fg)}
-h1{font-size:1.5rem;margin:.2rem 0}h2{font-size:1.15rem;margin:2rem 0 .6rem}p{margin:.4rem 0}.soft,dt,footer{color:var(--soft)}b.key{color:var(--mark)}
+h1{font-size:1.5rem;margin:.2rem 0;overflow-wrap:anywhere}h2{font-size:1.15rem;margin:2rem 0 .6rem}p{margin:.4rem 0}.soft,dt,footer{color:var(--soft)}b.key{color:var(--mark)}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(17rem,100%),1fr));gap:.8rem}
 article{background:var(--card);border:1px solid var(--line);border-radius:.5rem;padding:.7rem .9rem;min-width:0;overflow-wrap:anywhere}article h3{margin:0 0 .4rem;font-size:1.05rem}
 dl{display:grid;grid-template-columns:auto 1fr;gap:.1rem .8rem;margin:0;font-size:.9rem}dd{margin:0;text-align:right}
-.curve{margin:.6rem 0 0}.curve figcaption{font-size:.8rem;color:var(--soft)}svg{display:block;width:100%;max-width:24rem;height:auto}polyline{fill:none;stroke:var(--mark);stroke-width:1.5;stroke-linejoin:round}.floor{stroke:var(--line);fill:none}
+.curve{margin:.6rem 0 0}.curve figcaption{font-size:.8rem;color:var(--soft)}svg{display:block;width:100%;height:3.6rem}svg *{fill:none;vector-effect:non-scaling-stroke}polyline{stroke:var(--mark);stroke-width:1.5;stroke-linejoin:round}.floor{stroke:var(--line)}
 .wide{overflow-x:auto}table{border-collapse:collapse}.scores td,.scores th{padding:.25rem .7rem .25rem 0;text-align:right;white-space:nowrap}.scores tr>:first-child,.scores tr>:nth-child(2){text-align:left}.scores tr{border-bottom:1px solid var(--line)}
 .protocol{font:.75rem/1.4 ui-monospace,monospace;color:var(--soft);overflow-wrap:anywhere}
 .pictures{width:100%;table-layout:fixed;min-width:calc(var(--n)*5rem)}.pictures td{padding:2px;vertical-align:top;text-align:center;font-size:.75rem}.pictures th{text-align:left;font-weight:normal;padding:.9rem 2px .2rem}.pictures .head td{color:var(--soft);font-size:.85rem}.pictures th span{position:sticky;left:2px;display:inline-block;max-width:calc(100vw - 2.5rem)}
@@ -318,13 +321,17 @@ def page(subjects:list[Subject], columns:list[tuple[str, str, torch.Tensor]], pr
         cards=''.join(card(i, s, d) for i, (s, d) in enumerate(zip(subjects, curves_of(subjects)))), scores=''.join(table(*t) for t in tables) or '<p>Not scored.</p>',
         n=len(columns), pictures=picture_rows(columns, prompts, args.seed, args.size), version=__version__)
 
-# %% ../nbs/26_compare.ipynb #b455bf05
+# %% ../nbs/26_compare.ipynb #c3405a63
+def is_file(text:str)->bool:
+    "Is it the name of a file? A prompt may be too long for one"
+    try: return Path(text).is_file()
+    except OSError: return False
 def prompts_of(args:Compare, s:Subject)->list[str]:
     "The rows: given, from a file, or the first prompts of a run"
     if args.prompts:
-        given = [p for a in args.prompts for p in (read_prompts(a) if Path(a).is_file() else [a.strip()]) if p]
+        given = [p for a in args.prompts for p in (read_prompts(a)[:args.n] if is_file(a) else [a.strip()]) if p]
         if not given: raise InputError('the prompts given are empty; put each in quotes')
-        return given[:args.n]
+        return given
     if s.config is None: raise InputError(f'{s.path!r} is no run folder and knows no prompts; give --prompts "a prompt" "another", or a text file')
     return PromptStream(open_prompts(s.config.prompts or EMBEDDED/'prompts.txt', s.config.column), s.config.seed).take(args.n)
 def teacher_of(args:Compare, s:Subject)->tuple[Subject|None, dict]:
@@ -342,7 +349,8 @@ def check_page(args:Compare)->Path:
     for k in ('n', 'steps', 'size', 'batch'):
         if getattr(args, k) < 1: raise InputError(f'{k} {getattr(args, k)} must be at least 1')
     out = Path(args.out).expanduser()
-    if out.is_dir() or not out.absolute().parent.is_dir(): raise InputError(f'--out {args.out} is a folder, or its folder does not exist; give a file such as compare.html')
+    if out.is_dir(): raise InputError(f'--out {args.out} is a folder; give a file such as compare.html')
+    must_write(out.parent)
     if out.exists() and not out.read_bytes()[:200].startswith(PAGE.encode()[:PAGE.index('<html')]): raise InputError(f'--out {args.out} exists and is no page of this command; give another file')
     return out
 

@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'DTYPES', 'WAYS', 'Export', 'check_options', 'size_of', 'start_of', 'where_to', 'to_single_file', 'to_lora',
            'to_onnx', 'to_fp16', 'check_files', 'to_card', 'export_to', 'Import', 'unet_file', 'import_from']
 
-# %% ../nbs/27_convert.ipynb #2e86c23c
+# %% ../nbs/27_convert.ipynb #0f72d18a
 import json, re, shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,7 +19,6 @@ from diffusers import EulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from .core import InputError, pick_device
 from .denoiser import find_pipeline
-from .pipeline import load_student
 from .reader import import_student
 from .export import add_variant, export_onnx, save_lora, single_file, start
 from .card import push, write_card

@@ -7,10 +7,10 @@ __all__ = ['ARCHS', 'SIZES', 'WORDS', 'UNUSED', 'CIFAR10', 'ARGUMENTS', 'scaling
            'Fourier', 'attend', 'groups', 'Block', 'Part', 'song_plan', 'SongUNet', 'cifar10_config', 'check_config',
            'song_unet', 'KarrasSchedule', 'EdmDenoiser', 'ClassWords', 'edm_sigmas', 'heun_path', 'EdmTeacher',
            'edm_teacher', 'tiny_edm', 'DiffusersBody', 'unet2d_edm', 'edm_net', 'save_edm', 'fill', 'official_net',
-           'folder_net', 'load_edm', 'save_stock']
+           'folder_net', 'is_edm', 'load_edm', 'save_stock']
 
-# %% ../nbs/19_edm.ipynb #d1c967c2
-import json, math, os, shutil
+# %% ../nbs/19_edm.ipynb #92d1ab6b
+import copy, json, math, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -408,7 +408,7 @@ def fill(net:EDMPrecond, state:dict[str, Tensor])->EDMPrecond: # in float32
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return net
 
-# %% ../nbs/19_edm.ipynb #bef8fd9b
+# %% ../nbs/19_edm.ipynb #2b0e97c3
 ARGUMENTS = ('img_resolution', 'img_channels', 'label_dim', 'use_fp16', 'sigma_min', 'sigma_max', 'sigma_data', 'model_type')   # of the official EDMPrecond, in order
 def official_net(path:Path, key:str)->EDMPrecond:
     "The network in a checkpoint of EDM's or SiD's code; raises `InputError` if it is no EDMPrecond, or not whole"
@@ -430,6 +430,11 @@ def folder_net(folder:Path)->tuple[EDMPrecond, float|None]: # and its sigma_init
     except (KeyError, TypeError, AttributeError) as e:
         raise InputError(f'has a config.json that is not of save_edm ({type(e).__name__} {str(e)[:60]}); save the network again') from e
     return fill(net, state), sigma_init
+def is_edm(path)->bool:
+    "Does this look like something for `load_edm`, rather than a text-to-image pipeline?"
+    path = Path(path).expanduser()
+    if path.is_dir(): return (path/'config.json').is_file() and not (path/'model_index.json').exists() and '"model_type"' in (path/'config.json').read_text()
+    return path.suffix in ('.pkl', '.pt')
 def load_edm(
     path, # official .pkl (or training-state .pt), or a folder of `save_edm`
     device='cpu', # where it lives

@@ -194,7 +194,7 @@ def differences(old:Config, new:Config)->list[str]:
     if wrong: raise InputError(f'cannot resume with another {", ".join(wrong)}; start a new run, or leave it as it was')
     return keys
 
-# %% ../nbs/22_settings.ipynb #42a532a4
+# %% ../nbs/22_settings.ipynb #b0759d4e
 def shapes_of(teacher:str)->tuple|None: # the UNet's config, weights of text encoder and VAE in millions; None: unknown before it is fetched
     "What a teacher's folder says about its size"
     if known := {SD15: 'sd15', SD21: 'sd21-base'}.get(teacher): return SHAPES[known]
@@ -216,5 +216,5 @@ def plan(config:Config, world:int=1):
     else: print_budget('memory per process, counted from shapes; workspaces come on top' + (' (before sharding)' if config.shard else '') + ':', budget(meta_unet(shapes[0]), *shapes[1:], micro=micro, precision=config.precision, guided=k != Kappa(),
         sequential=config.sequential or config.lora != 'none', checkpointing=config.checkpointing, lora=config.lora, rank=config.rank, ema_device=config.ema_device, vae_rests=config.vae_rests, bits=config.bits))
     where = config.resume or config.out or f'runs/{config.preset}-N'
-    print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.nimg//config.log_every:,} lines), curves.png, samples/ ({config.nimg//config.sample_every + 1:,} sheets), checkpoints/ (the last {config.keep}), generator/ (a diffusers pipeline)'
+    print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.nimg//config.log_every:,} lines), curves.png, samples/ ({config.nimg//config.sample_every + 1:,} sheets), checkpoints/ (the last {config.keep}), generator/ (a diffusers pipeline with its model card)'
           + (', scores.json' if config.teacher == 'embedded' and config.n_eval else ''))

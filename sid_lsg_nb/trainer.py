@@ -7,7 +7,7 @@ __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'setup', 'iterate', '
            'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged', 'Watch', 'save', 'follow',
            'leave_house', 'go_back', 'train']
 
-# %% ../nbs/24_trainer.ipynb #6f923604
+# %% ../nbs/24_trainer.ipynb #86f836c0
 import json, signal, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +26,7 @@ from .distill import Game, distill, text_batches
 from .pipeline import save_student
 from .metrics import TINY_HEADER, Scorer, TinyScore, tiny_score
 from .checkpoint import CheckpointError, load_latest, save_checkpoint
+from .card import write_card
 from .prompts import Prompts, open_prompts
 from .scores import Features, bundled_features, generated, inception
 from .protocols import PROTOCOLS, score_images
@@ -249,7 +250,7 @@ def go_back(job:Job, folder:Path):
     try: restore(job, load_latest(folder/'checkpoints')[1])
     except CheckpointError: raise Diverged('there is no good checkpoint to go back to; nothing was exported') from None
 
-# %% ../nbs/24_trainer.ipynb #d15e6c58
+# %% ../nbs/24_trainer.ipynb #7d8bce72
 def train(config:Config=Config())->Path|None: # the run folder
     "Distil a teacher into a one-step generator and leave a complete run folder; raises `InputError` for input that cannot work, `Diverged` for a run that went wrong"
     team = Team(config.device)
@@ -266,5 +267,6 @@ def train(config:Config=Config())->Path|None: # the run folder
     if config.n_eval and not stopped and config.teacher == 'embedded':
         scores = closing_table(job)
         if team.main: atomic_write(folder/'scores.json', json.dumps([asdict(s) for s in scores], indent=1) + '\n')
+    team.first(lambda: str(write_card(folder)))
     team.leave()
     return folder
