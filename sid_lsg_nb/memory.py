@@ -85,7 +85,7 @@ def activations(
     "Bytes that autograd keeps at the worst moment of one forward and backward of one picture, in fp32"
     return _activations(json.dumps({k: v for k, v in unet.config.items() if k[0] != '_'}), checkpointing, learns)
 
-# %% ../nbs/21_memory.ipynb #9eb0dc26
+# %% ../nbs/21_memory.ipynb #0c113419
 def budget(
     unet:UNet2DConditionModel, # on meta
     text:float, vae:float, # weights of text encoder and VAE, in millions
@@ -102,7 +102,7 @@ def budget(
     p = precision_of(precision); width = lambda dtype: torch.empty(0, dtype=dtype).element_size()
     n, thin, two = sum(q.numel() for q in unet.parameters()), lora_size(unet, rank) if lora != 'none' else 0, 1 + guided
     learning = {k: thin if lora in (k, 'both') else n for k in ('fake', 'generator')}
-    out = {'teacher': n*width(p.teacher), 'text encoder': int(text*1e6)*width(p.teacher), 'VAE': 0 if vae_rests == 'cpu' else int(vae*4e6)}
+    out = {'teacher': n*width(p.teacher), 'text encoder': int(text*4e6), 'VAE': 0 if vae_rests == 'cpu' else int(vae*4e6)}
     for k, m in learning.items(): out |= {k: m*width(p.weights), f"{k}'s second moments": m*(width(p.weights) if bits == 32 else 2)}
     out["gradient, one network's"] = max(learning.values())*width(p.weights)
     out['EMA'] = 0 if ema_device == 'cpu' else learning['generator']*4
