@@ -6,7 +6,7 @@
 __all__ = ['Recipe', 'draw', 'fake_losses', 'verdict', 'judge', 'generator_losses', 'frozen', 'Learner', 'Game', 'fake_step',
            'pull', 'pull_in_turn', 'generator_step', 'where_ok', 'Kept', 'text_batches', 'shares', 'distill']
 
-# %% ../nbs/10_distill.ipynb #36a98687
+# %% ../nbs/10_distill.ipynb #aeaacdd2
 import math, weakref
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -15,43 +15,55 @@ from types import SimpleNamespace
 from typing import Iterator
 import torch
 from torch import Tensor, nn
-from .core import Cond, InputError
+from .core import Cond, InputError, sample_sum
 from .conditioning import PromptStream, TextEncoder, drop_prompts
 from .guidance import Kappa, guided
 from .generator import one_step
-from .losses import WEIGHTS, fake_loss, sid_loss
+from .losses import METHODS, WEIGHTS, Distance, distance_of, fake_loss, family_loss, level_weight
+from .schedule import law_of
 from .score import fisher
 
-# %% ../nbs/10_distill.ipynb #24de6f24
+# %% ../nbs/10_distill.ipynb #4c9f2ef4
 @dataclass(frozen=True)
 class Recipe:
     "What is minimised, and where in time (published values: MATHS of SiD-LSG, `sid_train.py`)"
     kappa:Kappa = Kappa.lsg(1.5) # the four guidance scales
     alpha:float = 1.             # SiD's coefficient: 1 is SIM with squared L2, 0.5 the exact Fisher gradient
-    weight:str = 'l1'            # per-sample weight, a key of `WEIGHTS`
-    t_min:int = 20               # x_t is drawn at t in [t_min, t_max)
-    t_max:int = 980
-    t_init:int = 625             # the generator's own time, where sigma/alpha is about 2.5
+    weight:str = 'l1'            # per-sample weight of the generator's loss, a key of `WEIGHTS`
+    t_min:float = 20             # x_t is drawn at t in [t_min, t_max): whole numbers for a table, parts of 1 for a flow
+    t_max:float = 980
+    t_init:float = 625           # the generator's own time, where sigma/alpha is about 2.5
+    method:str = 'sid'           # member of the family: one of `METHODS`
+    distance:str|Distance = 'huber' # of sim: l2, huber:C0, huber-abs:C, p:P, or an object
+    space:str = 'x0'             # where sim measures it: x0 or score
+    law:str = 'uniform'          # of t, for the generator: uniform, karras, edm, logit-normal, with numbers if wanted (`edm:-0.4,1`)
+    law_fake:str|None = None     # of t, for the fake; None: the same
+    fake_weight:str = 'snr'      # of the fake's loss: none, or of `LEVEL_WEIGHTS`; snr is the error of eps
     def __post_init__(self):
+        if self.method not in METHODS: raise InputError(f'method {self.method!r} is not known; use one of {", ".join(METHODS)}')
+        if self.space not in ('x0', 'score'): raise InputError(f'space {self.space!r} is not known; use x0 or score')
+        distance_of(self.distance), law_of(self.law), law_of(self.law_fake or self.law), level_weight(self.fake_weight, torch.ones(1), torch.ones(1))
         if self.weight not in WEIGHTS: raise InputError(f'weight {self.weight!r} is not known; use one of {", ".join(WEIGHTS)}')
         if not 0 <= self.t_min < self.t_max: raise InputError(f't range [{self.t_min}, {self.t_max}) is empty or negative; the published one is [20, 980)')
-        if self.t_init < 1: raise InputError(f't_init {self.t_init} must be at least 1; leave it out to have it derived from sigma/alpha = 2.5')
+        if not self.t_init > 0: raise InputError(f't_init {self.t_init} must be above 0; leave it out to have it derived from sigma/alpha = 2.5')
         if not math.isfinite(self.alpha): raise InputError(f'alpha {self.alpha} must be a finite number; the published one is 1')
 
-# %% ../nbs/10_distill.ipynb #ba14666c
+# %% ../nbs/10_distill.ipynb #070aa826
 def draw(
     shape:tuple, # of the latents, [B,C,H,W]
     schedule, # whose law of times is used
     recipe:Recipe,
     generator:torch.Generator, # its device is where the numbers are made
     dtype:torch.dtype=torch.float32, # of z and eps; float64 to compare implementations
+    fake:bool|None=None, # is the step the fake's, or the generator's? None: does not matter, because both follow one law
 )->SimpleNamespace: # z, eps [B,C,H,W]; t [B]
-    "Start noise, time and noise of one step"
-    d = generator.device
+    "Start noise, time and noise of one step; raises `InputError` if nobody said whose, and it matters"
+    d, law = generator.device, recipe.law_fake if fake and recipe.law_fake else recipe.law
+    if fake is None and recipe.law_fake not in (None, recipe.law): raise InputError(f'the fake follows law {recipe.law_fake}, the generator {recipe.law}; say draw(..., fake=True) or fake=False')
     z, eps = (torch.randn(shape, generator=generator, device=d, dtype=dtype) for _ in range(2))
-    return SimpleNamespace(z=z, eps=eps, t=schedule.sample_time(shape[0], recipe.t_min, recipe.t_max, generator=generator, device=d))
+    return SimpleNamespace(z=z, eps=eps, t=schedule.sample_time(shape[0], recipe.t_min, recipe.t_max, generator=generator, device=d, law=law))
 
-# %% ../nbs/10_distill.ipynb #4cf2648a
+# %% ../nbs/10_distill.ipynb #8bb2137b
 def fake_losses(
     fake, generator, # `(x_t, t, cond) -> y`
     cond:Cond, null:Cond, # of B prompts, and of ""
@@ -62,19 +74,23 @@ def fake_losses(
     with torch.no_grad(): x_g = one_step(generator, noise.z, cond, recipe.t_init)
     x_t = fake.schedule.add_noise(x_g, noise.eps, noise.t)
     y_fake, = guided(fake, x_t, noise.t, cond, null, recipe.kappa.kappa1)
-    return fake_loss(y_fake, x_g, fake.schedule.snr(noise.t).to(x_g.dtype))
+    return fake_loss(y_fake, x_g, level_weight(recipe.fake_weight, fake.schedule.alpha(noise.t), fake.schedule.sigma(noise.t)).to(x_g.dtype))
 
-# %% ../nbs/10_distill.ipynb #3134fcbb
+# %% ../nbs/10_distill.ipynb #1157a8ff
 def verdict(
     x_g:Tensor, y_real:Tensor, y_fake:Tensor, y_fake3:Tensor, # [B,C,H,W]; the fake guided with kappa2, and with kappa3
     recipe:Recipe,
+    alpha_t:Tensor|None=None, sigma_t:Tensor|None=None, # [B] levels, for weights and distances that ask for them
 )->tuple[Tensor, Tensor]: # loss [B]; ok [B], False where a number is not finite (the loss is 0 there)
-    "SiD-LSG's loss of judged pictures (2406.01561, MATHS 2.1)"
-    loss = WEIGHTS[recipe.weight](x_g, y_real)*sid_loss(x_g, y_real, y_fake, y_fake3, recipe.alpha)
+    "The recipe's weighted loss of judged pictures; raises `InputError` if it needs levels and has none (2406.01561, MATHS 3.5)"
+    if recipe.method == 'sim' and recipe.space == 'score' and sigma_t is None: raise InputError('a distance between scores depends on the noise level; pass alpha_t and sigma_t [B]')
+    unit = (alpha_t/sigma_t**2).to(x_g.dtype) if recipe.space == 'score' and sigma_t is not None else None
+    loss = WEIGHTS[recipe.weight](x_g, y_real, alpha_t, sigma_t)*family_loss(x_g, y_real, y_fake, y_fake3, recipe.method, recipe.alpha, recipe.distance, unit)
+    if recipe.method == 'di': loss = loss + 0*sample_sum(y_real + y_fake + y_fake3)             # the judges stay in the graph, with slope 0: all members can be taken apart alike
     ok = torch.stack([y.detach().isfinite().flatten(1).all(1) for y in (x_g, y_real, y_fake, y_fake3, loss[:,None])]).all(0)
     return torch.where(ok, loss, 0), ok
 
-# %% ../nbs/10_distill.ipynb #c324ef10
+# %% ../nbs/10_distill.ipynb #e0f6f39c
 def judge(
     teacher, fake, # `(x_t, t, cond) -> y`
     x_g:Tensor, # the generator's pictures [B,C,H,W]
@@ -86,7 +102,7 @@ def judge(
     k, x_t = recipe.kappa, teacher.schedule.add_noise(x_g, noise.eps, noise.t)
     y_real, = guided(teacher, x_t, noise.t, cond, null, k.kappa4)
     y_fake, y_fake3 = guided(fake, x_t, noise.t, cond, null, k.kappa2, k.kappa3)
-    loss, ok = verdict(x_g, y_real, y_fake, y_fake3, recipe)
+    loss, ok = verdict(x_g, y_real, y_fake, y_fake3, recipe, teacher.schedule.alpha(noise.t), teacher.schedule.sigma(noise.t))
     return SimpleNamespace(loss=loss, ok=ok, x_g=x_g, x_t=x_t, y_real=y_real, y_fake=y_fake)
 def generator_losses(teacher, fake, generator, cond:Cond, null:Cond, noise:SimpleNamespace, recipe:Recipe)->SimpleNamespace: # see `judge`
     "Draw, then judge: gradient through bare x_g and through x_t in both frozen networks"
@@ -173,7 +189,7 @@ def pull(
     grad, = torch.autograd.grad(game.generator.objective(o.loss, total), x_g)
     return grad, o
 
-# %% ../nbs/10_distill.ipynb #ee58d2f9
+# %% ../nbs/10_distill.ipynb #c8189c8f
 def pull_in_turn(game:Game, x_g:Tensor, cond:Cond, noise:SimpleNamespace, total:int)->tuple[Tensor, SimpleNamespace]: # as `pull`
     "The judges' half of the gradient, with one network's graph in memory at a time"
     k, x_g = game.recipe.kappa, x_g.detach().requires_grad_()
@@ -182,7 +198,7 @@ def pull_in_turn(game:Game, x_g:Tensor, cond:Cond, noise:SimpleNamespace, total:
     with torch.no_grad(): y_fakes = ask_fake(at)
     y_real, = guided(game.teacher, at, noise.t, cond, game.null, k.kappa4)
     said = [y.detach().requires_grad_() for y in (y_real, *y_fakes)]
-    loss, ok = verdict(x_g, *said, game.recipe)
+    loss, ok = verdict(x_g, *said, game.recipe, game.teacher.schedule.alpha(noise.t), game.teacher.schedule.sigma(noise.t))
     bare, to_real, *to_fakes = torch.autograd.grad(game.generator.objective(loss, total), [x_g, *said])
     through, = torch.autograd.grad(y_real, at, to_real)
     del y_real                                                      # the teacher's graph is gone before the fake's is made
@@ -260,7 +276,7 @@ def shares(
     first = rank*sum(sizes); cuts = [first + sum(sizes[:i]) for i in range(len(sizes) + 1)]
     return [SimpleNamespace(**{k: v[a:b] for k, v in vars(noise).items()}) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../nbs/10_distill.ipynb #3ce5494b
+# %% ../nbs/10_distill.ipynb #938ade60
 def distill(
     game:Game, # fake and generator start as copies of the teacher
     batches, # yields (conds for the fake, conds for the generator), see `text_batches`
@@ -274,11 +290,11 @@ def distill(
 )->Iterator[SimpleNamespace]: # fake: loss, norm, ...; gen: loss, fisher, norm, ...; nimg
     "Alternate fake and generator steps for as long as `batches` lasts"
     game.teacher.requires_grad_(False)
-    def throw(sizes): return shares(draw((shard[1]*sum(sizes), *latent_shape), game.teacher.schedule, game.recipe, rng, dtype), sizes, shard[0])
+    def throw(sizes, fake): return shares(draw((shard[1]*sum(sizes), *latent_shape), game.teacher.schedule, game.recipe, rng, dtype, fake), sizes, shard[0])
     for batch in batches:
         sizes = [[len(next(iter(c.values()))) for c in conds] for conds in batch]
-        f = fake_step(game, batch[0], throw(sizes[0]))
-        g = generator_step(game, batch[1], throw(sizes[1]))
+        f = fake_step(game, batch[0], throw(sizes[0], True))
+        g = generator_step(game, batch[1], throw(sizes[1], False))
         n = shard[1]*sum(sizes[1])
         if ema is not None: ema.update(game.generator.net, nimg, n)
         nimg += n
