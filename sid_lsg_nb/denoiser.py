@@ -6,14 +6,14 @@
 __all__ = ['EMBEDDED', 'tiny_unet', 'tiny_vae', 'tiny_pipeline', 'Denoiser', 'Teacher', 'find_pipeline', 'check_class',
            'check_parts', 'open_pipeline', 'load_teacher']
 
-# %% ../nbs/05_denoiser.ipynb #997b6f7d
+# %% ../nbs/05_denoiser.ipynb #01034ac1
 import copy
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 import torch
 from torch import Tensor, nn
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError
 from .core import Cond, InputError, cond_map
 from .schedule import DiscreteSchedule, Schedule
@@ -53,16 +53,19 @@ def tiny_pipeline(
     pipe.save_pretrained(folder)
     return str(folder)
 
-# %% ../nbs/05_denoiser.ipynb #53b3535c
+# %% ../nbs/05_denoiser.ipynb #c290365b
 class Denoiser(nn.Module):
     "y = E[x_0 | x_t, cond] from a diffusers network: casts, extra channels and the prediction type end here"
     def __init__(self,
-        net:nn.Module, # called as net(x_t, t, **cond, return_dict=False)[0]
+        net:nn.Module, # called as `ask` says
         schedule:Schedule, # levels, and what the network predicts
         autocast:torch.dtype|None=None, # PyTorch runs the network's fast parts in this precision, the weights stay as they are
     ):
         super().__init__()
         self.net, self.schedule, self.autocast = net, schedule, autocast
+    def ask(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C or more,H,W]
+        "How the network is called; a network that wants to be called otherwise overrides this line"
+        return self.net(x_t, t, **cond, return_dict=False)[0]
     def forward(self,
         x_t:Tensor, # [B,C,H,W]
         t:Tensor, # [B]
@@ -73,13 +76,20 @@ class Denoiser(nn.Module):
         high = torch.promote_types(x_t.dtype, torch.float32)
         cond = cond_map(lambda v: v.to(low) if v.is_floating_point() else v, cond)
         with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):   # each weight is used once
-            pred = self.net(x_t.to(low), t, **cond, return_dict=False)[0][:, :x_t.shape[1]]
+            pred = self.ask(x_t.to(low), t, cond)[:, :x_t.shape[1]]
         return self.schedule.to_x0(pred.to(high), x_t.to(high), t)
     def copy(self)->'Denoiser':
         "An independent copy of the network with gradients on; the schedule is shared"
-        return Denoiser(copy.deepcopy(self.net).requires_grad_(True), self.schedule, self.autocast)
+        return self.around(copy.deepcopy(self.net).requires_grad_(True))
+    def around(self, net:nn.Module)->'Denoiser':
+        "The same border around another network"
+        return type(self)(net, self.schedule, self.autocast)
+    def blank(self)->nn.Module:
+        "An untrained network of the same make, from its config"
+        make = next(c for c in type(self.net).__mro__ if not c.__name__.startswith('FSDP'))          # a sliced network has changed its class
+        return make.from_config(dict(self.net.config))
 
-# %% ../nbs/05_denoiser.ipynb #5e69a773
+# %% ../nbs/05_denoiser.ipynb #f3961d9e
 @dataclass
 class Teacher:
     "A text-to-image pipeline, seen as its parts"
@@ -98,6 +108,14 @@ class Teacher:
         "Shape of one latent, from the UNet's config"
         c = self.denoiser.net.config; s = c.sample_size
         return (c.in_channels, *((s, s) if isinstance(s, int) else s))
+    def solver(self):
+        "The diffusers scheduler of its own many-step sampling: a fresh DPM-Solver++"
+        return DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
+    def moment(self, k:Tensor)->Tensor:
+        "The schedule's time of one of the solver's timesteps"
+        return k
+    def check(self, kappa): # the `Kappa` of a run
+        "Raise `InputError` for guidance that the network cannot give; this kind can give any"
     @torch.no_grad()
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
         "Latents to pictures"

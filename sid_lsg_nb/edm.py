@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ARCHS', 'SIZES', 'WORDS', 'UNUSED', 'CIFAR10', 'ARGUMENTS', 'scalings', 'EDMPrecond', 'Resampled', 'Positional',
            'Fourier', 'attend', 'groups', 'Block', 'Part', 'song_plan', 'SongUNet', 'cifar10_config', 'check_config',
-           'song_unet', 'KarrasSchedule', 'EdmDenoiser', 'ClassWords', 'edm_sigmas', 'heun_path', 'EdmTeacher',
-           'edm_teacher', 'tiny_edm', 'DiffusersBody', 'unet2d_edm', 'edm_net', 'save_edm', 'fill', 'official_net',
-           'folder_net', 'is_edm', 'load_edm', 'save_stock']
+           'song_unet', 'KarrasSchedule', 'EdmDenoiser', 'ClassWords', 'edm_sigmas', 'heun_path', 'Guided',
+           'EdmTeacher', 'edm_teacher', 'tiny_edm', 'DiffusersBody', 'unet2d_edm', 'edm_net', 'save_edm', 'fill',
+           'official_net', 'folder_net', 'is_edm', 'load_edm', 'save_stock']
 
-# %% ../nbs/19_edm.ipynb #92d1ab6b
+# %% ../nbs/19_edm.ipynb #39e232df
 import copy, json, math, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from .core import Cond, InputError, bcast
-from .schedule import EDMSchedule, check_times, karras, table_dtype
+from .schedule import EDMSchedule, check_times, karras, law_times, table_dtype
 from .denoiser import Denoiser
-from .guidance import Kappa
+from .guidance import Kappa, guided
 from .generator import SIGMA_INIT
 from .reader import find_network, read_checkpoint
 
@@ -226,11 +226,10 @@ def song_unet(config:dict)->EDMPrecond:
     try: return EDMPrecond(SongUNet(in_channels=c['img_channels'], **inner), c)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e: raise InputError(f'has a config of which no network can be built ({str(e)[:80]!r})') from e
 
-# %% ../nbs/19_edm.ipynb #ac48539c
+# %% ../nbs/19_edm.ipynb #54a654d5
 class KarrasSchedule(EDMSchedule):
     "x_t = x_0 + sigma eps with sigma = karras(t/1000): time counts along EDM's noise levels (2206.00364 eq. 5; SiD 2404.04057)"
-    def __init__(self, lo:float=.002, hi:float=80., rho:float=7., sigma_data:float=.5):
-        super().__init__(); self.lo, self.hi, self.rho, self.sigma_data = lo, hi, rho, sigma_data
+    def __init__(self, lo:float=.002, hi:float=80., rho:float=7.): super().__init__(); self.lo, self.hi, self.rho = lo, hi, rho
     def __len__(self): return 1000
     def alpha(self, t:Tensor)->Tensor: return torch.ones(t.shape, device=t.device, dtype=table_dtype(t.device))
     def sigma(self, t:Tensor)->Tensor: return karras(t.to(table_dtype(t.device))/len(self), self.lo, self.hi, self.rho)
@@ -238,15 +237,13 @@ class KarrasSchedule(EDMSchedule):
         "The time of a level; not rounded, times are continuous here"
         lo, hi, now = (s**(1/self.rho) for s in (self.lo, self.hi, sigma))
         return len(self)*(now - lo)/(hi - lo)
-    def sample_time(self, n:int, t_min:float=0, t_max:float=800, generator=None, device='cpu')->Tensor:
-        "n times, uniform on [t_min, t_max); the default is SiD's law of the generator's step"
+    def sample_time(self, n:int, t_min:float=0, t_max:float=800, generator=None, device='cpu', law:str='uniform')->Tensor:
+        "n times, uniform on [t_min, t_max) (the default is SiD's law of the generator's step), or by another of `LAWS`"
         check_times(t_min, t_max, 0, len(self))
+        if law != 'uniform': return law_times(self, law, n, t_min, t_max, generator, device)
         return t_min + (t_max - t_min)*torch.rand(n, generator=generator, device=device)
-    def fake_weight(self, t:Tensor)->Tensor: # [B]
-        "EDM's weight of a denoising loss in x_0, 1/c_out^2 = SNR + 1/sigma_data^2 (2206.00364, table 1)"
-        return self.snr(t) + 1/self.sigma_data**2
 
-# %% ../nbs/19_edm.ipynb #76f047cc
+# %% ../nbs/19_edm.ipynb #f91a7c83
 class EdmDenoiser(Denoiser):
     "y = E[x_0 | x_t, class] from an `EDMPrecond`, which does its own casts"
     def forward(self,
@@ -260,9 +257,12 @@ class EdmDenoiser(Denoiser):
             return self.net(x, self.schedule.sigma(t).to(x.dtype), **cond)
     def copy(self)->'EdmDenoiser':
         "An independent copy with gradients on; not for the map of the augment labels, which are never given"
-        new = EdmDenoiser(copy.deepcopy(self.net).requires_grad_(True), self.schedule, self.autocast)
+        new = super().copy()
         if getattr(new.net.model, 'map_augment', None) is not None: new.net.model.map_augment.requires_grad_(False)
         return new
+    def blank(self)->EDMPrecond:
+        "An untrained network of the same make"
+        return edm_net(dict(self.net.config))
 
 # %% ../nbs/19_edm.ipynb #948785de
 CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
@@ -307,7 +307,16 @@ def heun_path(
         path.append(x + (then - now)*(d if then == 0 else (d + slope(x + (then - now)*d, then))/2))
     return path
 
-# %% ../nbs/19_edm.ipynb #44176d4f
+# %% ../nbs/19_edm.ipynb #04ae7b7a
+@dataclass
+class Guided:
+    "A denoiser with its guidance, for samplers that know nothing of it"
+    denoiser:Denoiser
+    null:Cond
+    kappa:float
+    @property
+    def schedule(self): return self.denoiser.schedule
+    def __call__(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: return guided(self.denoiser, x_t, t, cond, self.null, self.kappa)[0]
 @dataclass
 class EdmTeacher:
     "An EDM network with the face of `Teacher`: pixels are latents, classes are prompts"
@@ -333,9 +342,10 @@ class EdmTeacher:
     def decode(self, pictures:Tensor)->Tensor: # [B,3,H,W] -> the same in [-1,1], float32
         "Pixels need no decoder"
         return pictures.float().clamp(-1, 1)
-    def sample(self, z:Tensor, cond:Cond, steps:int=18)->Tensor: # [B,C,H,W] both
-        "The teacher's own pictures, by Heun's method"
-        return heun_path(self.denoiser, z, cond, edm_sigmas(steps, self.schedule.lo, self.schedule.hi, self.schedule.rho))[-1].to(z.dtype)
+    def sample(self, z:Tensor, cond:Cond, null:Cond|None=None, kappa:float=1., steps:int=18)->Tensor: # [B,C,H,W] both
+        "The teacher's own pictures, by Heun's method: 2 steps - 1 network evaluations"
+        guide = self.denoiser if kappa == 1 else Guided(self.denoiser, null, kappa)
+        return heun_path(guide, z, cond, edm_sigmas(steps, self.schedule.lo, self.schedule.hi, self.schedule.rho))[-1].to(z.dtype)
     def check(self, kappa:Kappa):
         "Raise `InputError` for guidance that the network cannot give"
         if kappa != Kappa() and not (self.text.names and self.denoiser.net.config.get('label_dropout', 0)):
@@ -343,7 +353,7 @@ class EdmTeacher:
 def edm_teacher(net:EDMPrecond, path:str='', device='cpu', sigma_init:float|None=None)->EdmTeacher:
     "A frozen teacher around a network"
     net = net.to(device).eval().requires_grad_(False)
-    return EdmTeacher(EdmDenoiser(net, KarrasSchedule(sigma_data=net.config.get('sigma_data', .5))), ClassWords(net.classes, device), path, sigma_init)
+    return EdmTeacher(EdmDenoiser(net, KarrasSchedule()), ClassWords(net.classes, device), path, sigma_init)
 
 # %% ../nbs/19_edm.ipynb #74ffd994
 def tiny_edm(

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['SIGMA_INIT', 'few_steps', 'one_step', 'step_times', 'teacher_sample']
 
-# %% ../nbs/07_generator.ipynb #3b9135fc
+# %% ../nbs/07_generator.ipynb #2e440015
 import torch
 from torch import Tensor
-from diffusers import DPMSolverMultistepScheduler
 from .core import Cond, InputError
 from .guidance import guided
 
@@ -35,16 +34,17 @@ def one_step(
     "x_g = G(z, cond): the denoiser asked once, at t_init, about pure noise sigma_t z"
     return few_steps(denoiser, [z], cond, [t_init])
 
-# %% ../nbs/07_generator.ipynb #d65aa208
+# %% ../nbs/07_generator.ipynb #4ea1c424
 def step_times(
-    t_init:int, # the first time
-    steps:int, # how many, 1 .. t_init
-)->list[int]:
+    t_init:int|float, # the first time; a whole number means that times are a table's rows
+    steps:int, # how many; 1 .. t_init in a table
+)->list: # of integers, or of floats where t_init is one
     "t_init, then linearly down: 625 -> [625, 469, 312, 156] for 4 steps; raises `InputError` for no steps or too many"
-    if not 1 <= steps <= t_init: raise InputError(f'{steps} generator steps cannot be spread below t = {t_init}; give 1 to {t_init}')
-    return [round(t_init*(steps - k)/steps) for k in range(steps)]
+    if not 1 <= steps <= (t_init if isinstance(t_init, int) else 1_000): raise InputError(f'{steps} generator steps cannot be spread below t = {t_init}; give 1 to {t_init if isinstance(t_init, int) else 1_000}')
+    times = [t_init*(steps - k)/steps for k in range(steps)]
+    return [round(t) for t in times] if isinstance(t_init, int) else times
 
-# %% ../nbs/07_generator.ipynb #d98fc02b
+# %% ../nbs/07_generator.ipynb #47adbc6c
 @torch.no_grad()
 def teacher_sample(
     teacher, # a `Teacher`
@@ -54,12 +54,12 @@ def teacher_sample(
     kappa:float=3., # guidance scale
     steps:int=25, # network evaluations (of a doubled batch when kappa != 1)
 )->Tensor: # latents [B,C,H,W]
-    "The teacher's own many-step answer, with diffusers' DPM-Solver++"
-    scheduler = DPMSolverMultistepScheduler.from_config(teacher.pipe.scheduler.config)
-    scheduler.set_timesteps(steps, device=z.device)
-    x = z*scheduler.init_noise_sigma
+    "The teacher's own many-step answer, with its solver: diffusers' DPM-Solver++ for Stable Diffusion; or with the sampler that it brings"
+    if own := getattr(teacher, 'sample', None): return own(z, cond, null, kappa, steps)
+    scheduler = teacher.solver(); scheduler.set_timesteps(steps, device=z.device)
+    x = z*getattr(scheduler, 'init_noise_sigma', 1.)
     for k in scheduler.timesteps:
-        t = k.expand(len(x))
+        t = teacher.moment(k).expand(len(x))
         y, = guided(teacher.denoiser, x, t, cond, null, kappa)
         x = scheduler.step(teacher.schedule.from_x0(y, x, t), k, x, return_dict=False)[0]
     return x

@@ -47,15 +47,15 @@ class Lent(nn.Module):
         return new
     def enable_gradient_checkpointing(self): self.base.enable_gradient_checkpointing()
 
-# %% ../nbs/21_memory.ipynb #fba88e9a
+# %% ../nbs/21_memory.ipynb #32176581
 def plain_copy(net:Denoiser)->Denoiser: # on the CPU, float32
     "A network of its own with ordinary weights: an adapter is folded in"
-    if not isinstance(net.net, Lent): return Denoiser(copy.deepcopy(net.net).to('cpu', torch.promote_types(next(net.parameters()).dtype, torch.float32)), net.schedule)
+    if not isinstance(net.net, Lent): return net.around(copy.deepcopy(net.net).to('cpu', torch.promote_types(next(net.parameters()).dtype, torch.float32)))
     unet = copy.deepcopy(net.net.base).to('cpu', torch.promote_types(next(net.net.base.parameters()).dtype, torch.float32))
     Lent(unet, net.net.adapter).switch()
     if net.net.adapter: unet.fuse_lora(adapter_names=[net.net.adapter])
     unet.unload_lora()
-    return Denoiser(unet, net.schedule)
+    return net.around(unet)
 
 # %% ../nbs/21_memory.ipynb #a0a23d0a
 SHAPES = {  # published configs: the UNet's, and weights of text encoder and VAE in millions

@@ -100,7 +100,7 @@ def divide(
     if share % micro: raise InputError(f'batch {batch} is {share} per process, which micro {micro} does not divide; give --micro {max(d for d in range(1, micro + 1) if share % d == 0)}, or --batch {max(1, share//micro)*micro*world}')
     return batch, micro, share//micro
 
-# %% ../nbs/20_parallel.ipynb #cbe4f6af
+# %% ../nbs/20_parallel.ipynb #504c1c37
 def copies(team:Team, net:Denoiser)->dict: # train, sync: for a `Learner`
     "Let the processes of a team train copies of a network"
     if team.world == 1: return {}
@@ -110,7 +110,7 @@ def copies(team:Team, net:Denoiser)->dict: # train, sync: for a `Learner`
         if last: yield
         else:
             with wrapped.no_sync(): yield
-    return dict(train=Denoiser(wrapped, net.schedule, net.autocast), sync=sync)
+    return dict(train=net.around(wrapped), sync=sync)
 
 # %% ../nbs/20_parallel.ipynb #2fc73db2
 def slices(team:Team, net:Denoiser)->dict: # sync: for a `Learner`

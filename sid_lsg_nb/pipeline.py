@@ -47,14 +47,15 @@ def vocab_files(
     (Path(folder)/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False), encoding='utf-8')
     (Path(folder)/'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n', encoding='utf-8')
 
-# %% ../nbs/11_pipeline.ipynb #7a231a10
+# %% ../nbs/11_pipeline.ipynb #b8bc471a
 def save_student(
     teacher:Teacher, # its text encoder, tokenizer and VAE go along
     net:Denoiser, # the generator, best its EMA
     folder, # where; replaced if it exists
     t_init:int=625,
 )->Path: # the folder
-    "Write the generator as a complete pipeline that stock diffusers opens"
+    "Write the generator as a complete pipeline that stock diffusers opens; a teacher of another kind writes its own (its `save`)"
+    if own := getattr(teacher, 'save', None): return own(net, folder, t_init)
     folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
     pipe = StableDiffusionPipeline(vae=teacher.vae, text_encoder=teacher.pipe.text_encoder, tokenizer=teacher.pipe.tokenizer, unet=net.net,
         scheduler=one_step_scheduler(teacher.pipe.scheduler, t_init), safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -7,7 +7,7 @@ __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'setup', 'iterate', '
            'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged', 'Watch', 'save', 'follow',
            'leave_house', 'go_back', 'train']
 
-# %% ../nbs/24_trainer.ipynb #86f836c0
+# %% ../nbs/24_trainer.ipynb #520ee266
 import json, signal, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 from .core import InputError, atomic_write, rng
 from .conditioning import PromptStream
@@ -49,18 +48,18 @@ def stop_flag():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/24_trainer.ipynb #3c905ce5
+# %% ../nbs/24_trainer.ipynb #866208ec
 def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser]: # teacher, fake, generator
     "Three views: each with its own weights, or a LoRA on the teacher's"
     p, d = precision_of(config.precision), teacher.denoiser; shared = {k: config.lora in (k, 'both') for k in ('fake', 'generator')}
     own = {k: d.copy() for k, lent in shared.items() if not lent}                     # before the base is cast or gets additions
     d.net.to(p.teacher); d.autocast = p.autocast
-    if any(shared.values()): teacher.denoiser = Denoiser(Lent(d.net), d.schedule, p.autocast)
+    if any(shared.values()): teacher.denoiser = d.around(Lent(d.net))
     for net in (d, *own.values()):
         if config.checkpointing: net.net.enable_gradient_checkpointing()
         if config.channels_last: net.net.to(memory_format=torch.channels_last)
         if config.compile: net.net.compile()
-    lend = lambda k: Denoiser(Lent(d.net, k, config.rank), d.schedule, p.autocast)
+    lend = lambda k: d.around(Lent(d.net, k, config.rank))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)                                                # a LoRA begins with dice
         return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
@@ -235,12 +234,12 @@ def follow(job:Job, folder:Path, sheets)->bool: # True if it was asked to stop
         to.end()
         return team.any(stop.is_set())
 
-# %% ../nbs/24_trainer.ipynb #13fabdc2
+# %% ../nbs/24_trainer.ipynb #2a7d1436
 def leave_house(job:Job, folder:Path):
     "Export the average as a stock pipeline, whole and on the CPU; all processes must call it"
     if job.config.shard:
-        state = whole(job.ema.net.net.state_dict()); unet = UNet2DConditionModel.from_config(dict(job.ema.net.net.config)); unet.load_state_dict(state)
-        net = Denoiser(unet, job.teacher.schedule)
+        state = whole(job.ema.net.net.state_dict()); blank = job.ema.net.blank(); blank.load_state_dict(state)
+        net = job.ema.net.around(blank)
     else: net = plain_copy(job.ema.net)
     job.teacher.vae.to('cpu')
     job.team.first(lambda: str(save_student(job.teacher, net, folder/'generator', job.game.recipe.t_init)))

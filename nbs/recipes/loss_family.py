@@ -1,11 +1,13 @@
 """The comparison that the story of the loss family shows.
 
-    python nbs/recipes/loss_family.py
+    python nbs/recipes/loss_family.py          # both parts
+    python nbs/recipes/loss_family.py edge     # one of them: board or edge
 
-Trains every member at every learning rate from every seed on five bells in the plane, many runs at once as one stack of small
-networks; then, at the one learning rate where members part, from forty fresh seeds, with one member more. Writes curves, end scores, samples, machine, date and minutes to nbs/images/loss_family.json. Nothing is typed in by hand.
+board: every member at every learning rate from every seed on five bells in the plane, many runs at once as one stack of small
+networks. edge: at the one learning rate where members part, forty fresh seeds, with one member more. Writes curves, samples,
+machine, date and minutes to nbs/images/loss_family.json. Nothing is typed in by hand.
 """
-import json, time
+import json, sys, time
 from datetime import date
 from pathlib import Path
 import torch
@@ -128,17 +130,27 @@ def group(members, lrs, seeds, n, tick): # -> curves [M,K,S,T], end points [M,K,
     print('seeds', *seeds, f'{time.time() - tick:.0f} s', flush=True)
     return torch.stack(curves, -1), points.view(*shape, n, 2), looks
 
-def main(n=4000, pictures=(1e-3, 1e-2, 3e-2), at_once=2):
-    "Train, score at every look, write"
-    torch.set_num_threads(1); tick = time.time()
+def board(n, tick, pictures=(1e-3, 1e-2, 3e-2), at_once=2): # -> what the file holds at its top level
+    "Every member at every learning rate from every seed, with shares of the bells and pictures"
     curves, points, looks = zip(*(group(MEMBERS, LRS, range(i, min(i + at_once, SEEDS)), n, tick) for i in range(0, SEEDS, at_once)))
-    minutes = (time.time() - tick)/60; edge = torch.cat([group(EDGE_MEMBERS, [EDGE_LR], EDGE_SEEDS[i:i + 10], n, tick)[0] for i in range(0, len(EDGE_SEEDS), 10)], 2)[:, 0]
     curves, points = torch.cat(curves, 2), torch.cat(points, 2)
     shares = bells(points.nan_to_num(99.).flatten(0, 2)).view(*points.shape[:3], 5)
     floor = sliced(torch.stack([world.sample(n, rng(50 + i))[0] for i in range(20)]))
     drawn = {name: {f'{lr:g}': histogram(points[m, LRS.index(lr), 0]) for lr in pictures} for m, name in enumerate(MEMBERS)}
-    result = dict(machine=machine(), date=date.today().isoformat(), minutes=[round(minutes, 1), round((time.time() - tick)/60 - minutes, 1)], members=list(MEMBERS), lrs=LRS, seeds=SEEDS, iters=ITERS, batch=BATCH, n=n,
-        looks=looks[0], curves=whole(curves.tolist()), floor=whole(floor.tolist()), shares=whole(shares.tolist()), edge=dict(members=list(EDGE_MEMBERS), lr=EDGE_LR, seeds=[EDGE_SEEDS[0], EDGE_SEEDS[-1]], curves=whole(edge.tolist())), drawn=drawn, world=histogram(world.sample(n, rng(60))[0]))
-    IMAGES.mkdir(exist_ok=True); (IMAGES/'loss_family.json').write_text(json.dumps(result, separators=(',', ':')) + '\n')
+    return dict(members=list(MEMBERS), lrs=LRS, seeds=SEEDS, iters=ITERS, batch=BATCH, n=n, looks=looks[0], curves=whole(curves.tolist()),
+        floor=whole(floor.tolist()), shares=whole(shares.tolist()), drawn=drawn, world=histogram(world.sample(n, rng(60))[0]))
+def edge(n, tick, at_once=10): # -> what the file holds under 'edge'
+    "One learning rate, one member more, forty fresh seeds"
+    curves = torch.cat([group(EDGE_MEMBERS, [EDGE_LR], EDGE_SEEDS[i:i + at_once], n, tick)[0] for i in range(0, len(EDGE_SEEDS), at_once)], 2)[:, 0]
+    return dict(members=list(EDGE_MEMBERS), lr=EDGE_LR, seeds=[EDGE_SEEDS[0], EDGE_SEEDS[-1]], curves=whole(curves.tolist()))
 
-if __name__ == '__main__': main()
+def main(parts, n=4000):
+    "Train, score at every look, write; a part that is not asked for stays as the file has it"
+    torch.set_num_threads(1); path = IMAGES/'loss_family.json'; result = json.loads(path.read_text()) if path.exists() else {}
+    for part in parts:
+        tick = time.time(); found = dict(board=board, edge=edge)[part](n, tick)
+        found = dict(machine=machine(), date=date.today().isoformat(), minutes=round((time.time() - tick)/60, 1)) | found
+        result = found | {k: v for k, v in result.items() if k == 'edge'} if part == 'board' else result | dict(edge=found)
+    IMAGES.mkdir(exist_ok=True); path.write_text(json.dumps(result, separators=(',', ':')) + '\n')
+
+if __name__ == '__main__': main(sys.argv[1:] or ['board', 'edge'])
