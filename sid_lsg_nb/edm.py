@@ -6,10 +6,10 @@
 __all__ = ['ARCHS', 'SIZES', 'WORDS', 'UNUSED', 'CIFAR10', 'ARGUMENTS', 'scalings', 'EDMPrecond', 'Resampled', 'Positional',
            'Fourier', 'attend', 'groups', 'Block', 'Part', 'song_plan', 'SongUNet', 'cifar10_config', 'check_config',
            'song_unet', 'KarrasSchedule', 'EdmDenoiser', 'ClassWords', 'edm_sigmas', 'heun_path', 'Guided',
-           'EdmTeacher', 'edm_teacher', 'tiny_edm', 'DiffusersBody', 'unet2d_edm', 'edm_net', 'save_edm', 'fill',
-           'official_net', 'folder_net', 'is_edm', 'load_edm', 'save_stock']
+           'EdmTeacher', 'EdmStudent', 'edm_teacher', 'tiny_edm', 'DiffusersBody', 'unet2d_edm', 'edm_net', 'save_edm',
+           'fill', 'official_net', 'folder_net', 'is_edm', 'load_edm', 'load_edm_student', 'save_stock']
 
-# %% ../nbs/19_edm.ipynb #39e232df
+# %% ../nbs/19_edm.ipynb #1e666160
 import copy, json, math, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from .core import Cond, InputError, bcast
+from .core import Cond, InputError, bcast, noise_for
 from .schedule import EDMSchedule, check_times, karras, law_times, table_dtype
 from .denoiser import Denoiser
 from .guidance import Kappa, guided
-from .generator import SIGMA_INIT
+from .generator import SIGMA_INIT, few_steps, step_times
 from .reader import find_network, read_checkpoint
 
 # %% ../nbs/19_edm.ipynb #0ac4111a
@@ -226,9 +226,10 @@ def song_unet(config:dict)->EDMPrecond:
     try: return EDMPrecond(SongUNet(in_channels=c['img_channels'], **inner), c)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as e: raise InputError(f'has a config of which no network can be built ({str(e)[:80]!r})') from e
 
-# %% ../nbs/19_edm.ipynb #54a654d5
+# %% ../nbs/19_edm.ipynb #f230a638
 class KarrasSchedule(EDMSchedule):
     "x_t = x_0 + sigma eps with sigma = karras(t/1000): time counts along EDM's noise levels (2206.00364 eq. 5; SiD 2404.04057)"
+    usual = 0, 800 # SiD's u < .8
     def __init__(self, lo:float=.002, hi:float=80., rho:float=7.): super().__init__(); self.lo, self.hi, self.rho = lo, hi, rho
     def __len__(self): return 1000
     def alpha(self, t:Tensor)->Tensor: return torch.ones(t.shape, device=t.device, dtype=table_dtype(t.device))
@@ -237,7 +238,7 @@ class KarrasSchedule(EDMSchedule):
         "The time of a level; not rounded, times are continuous here"
         lo, hi, now = (s**(1/self.rho) for s in (self.lo, self.hi, sigma))
         return len(self)*(now - lo)/(hi - lo)
-    def sample_time(self, n:int, t_min:float=0, t_max:float=800, generator=None, device='cpu', law:str='uniform')->Tensor:
+    def sample_time(self, n:int, t_min:float=usual[0], t_max:float=usual[1], generator=None, device='cpu', law:str='uniform')->Tensor:
         "n times, uniform on [t_min, t_max) (the default is SiD's law of the generator's step), or by another of `LAWS`"
         check_times(t_min, t_max, 0, len(self))
         if law != 'uniform': return law_times(self, law, n, t_min, t_max, generator, device)
@@ -264,7 +265,7 @@ class EdmDenoiser(Denoiser):
         "An untrained network of the same make"
         return edm_net(dict(self.net.config))
 
-# %% ../nbs/19_edm.ipynb #948785de
+# %% ../nbs/19_edm.ipynb #1ff97904
 CIFAR10 = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 class ClassWords:
     "Prompts to `Cond`: class names or numbers to one-hot vectors; takes the place of a text encoder"
@@ -277,7 +278,8 @@ class ClassWords:
         return self.names.index(word) if named else int(word)
     def __call__(self, prompts:list[str])->Cond: # {'class_labels': [B, classes]}
         found = torch.zeros(len(prompts), len(self.names), device=self.device)
-        if self.names: found[torch.arange(len(prompts)), [self.number(p) for p in prompts]] = 1.
+        named = [(i, self.number(p)) for i, p in enumerate(prompts) if p and self.names]     # "" is the empty class
+        if named: found[tuple(zip(*named))] = 1.
         return dict(class_labels=found)
     def null(self)->Cond: # {'class_labels': [1, classes]}
         "No class: all zeros"
@@ -307,7 +309,7 @@ def heun_path(
         path.append(x + (then - now)*(d if then == 0 else (d + slope(x + (then - now)*d, then))/2))
     return path
 
-# %% ../nbs/19_edm.ipynb #04ae7b7a
+# %% ../nbs/19_edm.ipynb #a49a982d
 @dataclass
 class Guided:
     "A denoiser with its guidance, for samplers that know nothing of it"
@@ -350,6 +352,21 @@ class EdmTeacher:
         "Raise `InputError` for guidance that the network cannot give"
         if kappa != Kappa() and not (self.text.names and self.denoiser.net.config.get('label_dropout', 0)):
             raise InputError(f'teacher {self.path!r} was not trained on an empty class, so it cannot be guided; give all four kappas as 1')
+    def save(self, net:EdmDenoiser, folder, t_init:float)->Path:
+        "Write a one-step generator; see `save_edm`"
+        return save_edm(net.net, folder, self.schedule.sigma(torch.tensor(t_init, dtype=torch.float64)).item())
+@dataclass
+class EdmStudent:
+    "A one-step generator made of an EDM network; call it with class names, like a `Student`"
+    teacher:EdmTeacher # holds the generator's network
+    @property
+    def latent_shape(self)->tuple[int, int, int]: return self.teacher.latent_shape
+    @torch.no_grad()
+    def __call__(self, prompts:list[str], seeds=None, steps:int=1)->Tensor: # [B,3,H,W] in [-1,1]
+        "One picture per prompt; seeds: one integer each, default 0, 1, 2, ..."
+        t, seeds = self.teacher, [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]
+        zs = [noise_for([s + 1_000_003*k for s in seeds], t.latent_shape).to(t.device) for k in range(steps)]
+        return t.decode(few_steps(t.denoiser, zs, t.text(list(prompts)), step_times(t.schedule.time_of(t.sigma_init), steps)))
 def edm_teacher(net:EDMPrecond, path:str='', device='cpu', sigma_init:float|None=None)->EdmTeacher:
     "A frozen teacher around a network"
     net = net.to(device).eval().requires_grad_(False)
@@ -418,7 +435,7 @@ def fill(net:EDMPrecond, state:dict[str, Tensor])->EDMPrecond: # in float32
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return net
 
-# %% ../nbs/19_edm.ipynb #2b0e97c3
+# %% ../nbs/19_edm.ipynb #5926086a
 ARGUMENTS = ('img_resolution', 'img_channels', 'label_dim', 'use_fp16', 'sigma_min', 'sigma_max', 'sigma_data', 'model_type')   # of the official EDMPrecond, in order
 def official_net(path:Path, key:str)->EDMPrecond:
     "The network in a checkpoint of EDM's or SiD's code; raises `InputError` if it is no EDMPrecond, or not whole"
@@ -455,6 +472,13 @@ def load_edm(
     try: net, sigma_init = folder_net(path) if path.is_dir() else (official_net(path, key), None)
     except InputError as e: raise type(e)(str(e) if str(e).startswith((path.name, repr(str(path)))) else f'{path.name} {e}') from None
     return edm_teacher(net, str(path), device, sigma_init)
+def load_edm_student(path, device='cpu')->EdmStudent: # path: run folder, generator/ inside it, or an official SiD .pkl
+    "Open a one-step generator made of an EDM teacher; raises `InputError` for a teacher, and for what `load_edm` refuses"
+    path = Path(path).expanduser(); path = path/'generator' if (path/'generator').is_dir() else path
+    teacher = load_edm(path, device)
+    if teacher.sigma_init is None and path.is_dir(): raise InputError(f'{str(path)!r} holds a teacher, which needs many steps; give a run folder of `sid-lsg distill`, or the generator/ inside it')
+    teacher.sigma_init = teacher.sigma_init or SIGMA_INIT                     # the published generators'
+    return EdmStudent(teacher)
 
 # %% ../nbs/19_edm.ipynb #e359add1
 def save_stock(

@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'ROWS', 'RECORD', 'NUMBER', 'READERS', 'ENDINGS', 'SCHEMA', 'IN_MEMORY', 'NOTES', 'DATASET', 'pick_column',
            'json_rows', 'csv_rows', 'kind_of', 'row_kinds', 'row_entries', 'schema_kinds', 'parquet_entries', 'ending',
            'reading', 'column_of', 'entries', 'one_line', 'write_arrow', 'Prompts', 'weight_of', 'stamp_of', 'cached',
-           'find_files', 'file_entries', 'open_dataset', 'dataset_entries', 'open_prompts']
+           'find_files', 'file_entries', 'open_dataset', 'dataset_entries', 'open_prompts', 'listed']
 
 # %% ../nbs/14_prompts.ipynb #402cd3c1
 import csv, gzip, hashlib, json, os, re, zlib
@@ -277,7 +277,7 @@ def dataset_entries(rows, column:str, name:str, size:int)->tuple[str, Iterator[t
     tables = rows.select_columns([column]).with_format('arrow').iter(ROWS)
     return column, ((size*min(n*ROWS, len(rows))//len(rows), t.column(0).to_pylist()) for n, t in enumerate(tables, 1))
 
-# %% ../nbs/14_prompts.ipynb #70783805
+# %% ../nbs/14_prompts.ipynb #cd0cb64b
 def open_prompts(
     source, # .txt, .jsonl, .json or .csv (also .gz), .parquet, a folder of such, or a dataset OWNER/NAME[:SPLIT]
     column:str='', # of the prompts; '': the only one of text, or one with a usual name
@@ -299,4 +299,11 @@ def open_prompts(
         if stamp_of(files, column, part) != stamp: raise InputError(f'{source!r} changed while it was read; try again when it is complete')
     if weight_of(files) > IN_MEMORY: return cached(stamp, write, cache)
     write(sink := pa.BufferOutputStream())
+    return Prompts(sink.getvalue())
+def listed(
+    prompts:list[str], # a few
+    name:str='the list', # for messages
+)->Prompts:
+    "A list that is already in memory, with the same face; raises `InputError` if it holds no prompt"
+    write_arrow([(0, prompts)], sink := pa.BufferOutputStream(), 0, name)
     return Prompts(sink.getvalue())

@@ -67,9 +67,10 @@ def check_times(
     "Raise `InputError` unless lo <= t_min < t_max <= hi"
     if not lo <= t_min < t_max <= hi: raise InputError(f't range [{t_min}, {t_max}) must lie inside [{lo}, {hi}) and not be empty')
 
-# %% ../nbs/01_schedule.ipynb #9013daa7
+# %% ../nbs/01_schedule.ipynb #f74ea353
 class DiscreteSchedule(Schedule):
     "A table of levels at t = 0..T-1 (Stable Diffusion and every other DDPM-type teacher)"
+    usual = 20, 980 # times of x_t that are worth training at, [t_min, t_max) (SiD-LSG)
     def __init__(self, alphas_cumprod:Tensor, prediction:str='epsilon'):
         abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
         self.prediction, self.alphas, self.sigmas = prediction, abar.sqrt(), (1 - abar).sqrt()
@@ -86,7 +87,7 @@ class DiscreteSchedule(Schedule):
     def time_of(self, sigma:float)->int:
         "The t whose sigma_t/alpha_t is nearest to `sigma` (625 for Stable Diffusion at 2.5)"
         return int((self.sigmas/self.alphas - sigma).abs().argmin())
-    def sample_time(self, n:int, t_min:int=20, t_max:int=980, generator=None, device='cpu', law:str='uniform')->Tensor:
+    def sample_time(self, n:int, t_min:int=usual[0], t_max:int=usual[1], generator=None, device='cpu', law:str='uniform')->Tensor:
         "n integers in t_min .. t_max - 1, uniform or by another of `LAWS`"
         check_times(t_min, t_max, 0, len(self))
         if law != 'uniform': return law_times(self, law, n, t_min, t_max, generator, device)
@@ -100,16 +101,17 @@ def shift_time(
     "SD3's time shift (2403.03206, eq. 23)"
     return shift*t/(1 + (shift - 1)*t)
 
-# %% ../nbs/01_schedule.ipynb #34d27b44
+# %% ../nbs/01_schedule.ipynb #567c5854
 class FlowSchedule(Schedule):
     "The straight line alpha_t = 1 - t, sigma_t = t, for t in [0, 1]"
+    usual = .02, .98
     def __init__(self, shift:float=1.): self.prediction, self.shift = 'flow', shift
     def alpha(self, t:Tensor)->Tensor: return 1 - t
     def sigma(self, t:Tensor)->Tensor: return t
     def time_of(self, sigma:float)->float:
         "t/(1-t) = sigma, solved"
         return sigma/(1 + sigma)
-    def sample_time(self, n:int, t_min:float=.02, t_max:float=.98, generator=None, device='cpu', law:str='uniform')->Tensor:
+    def sample_time(self, n:int, t_min:float=usual[0], t_max:float=usual[1], generator=None, device='cpu', law:str='uniform')->Tensor:
         "n times in [t_min, t_max), uniform before the shift, or by another of `LAWS` (which are not shifted)"
         check_times(t_min, t_max, 0, 1)
         if law != 'uniform': return law_times(self, law, n, t_min, t_max, generator, device)
@@ -126,16 +128,17 @@ def karras(
     "EDM's noise levels (2206.00364, eq. 5), rising in u"
     return (lo**(1/rho) + u*(hi**(1/rho) - lo**(1/rho)))**rho
 
-# %% ../nbs/01_schedule.ipynb #4c40993b
+# %% ../nbs/01_schedule.ipynb #6effd5d6
 class EDMSchedule(Schedule):
     "alpha_t = 1, sigma_t = t: the time is the noise level itself"
+    usual = .002, karras(.8) # SiD
     def __init__(self, prediction:str='sample'): self.prediction = prediction
     def alpha(self, t:Tensor)->Tensor: return torch.ones_like(t)
     def sigma(self, t:Tensor)->Tensor: return t
     def time_of(self, sigma:float)->float:
         "sigma itself"
         return sigma
-    def sample_time(self, n:int, t_min:float=.002, t_max:float=karras(.8), generator=None, device='cpu', law:str='uniform')->Tensor:
+    def sample_time(self, n:int, t_min:float=usual[0], t_max:float=usual[1], generator=None, device='cpu', law:str='uniform')->Tensor:
         "n noise levels in [t_min, t_max), uniform in sigma^(1/7) (SiD 2404.04057), or by another of `LAWS`"
         check_times(t_min, t_max, 0, float('inf'))
         if law != 'uniform': return law_times(self, law, n, t_min, t_max, generator, device)
