@@ -54,6 +54,19 @@ def official_generator(kind, w, kappas, alpha, weighted=True):
     factor = (x_g - real).abs().mean((1, 2, 3), keepdim=True).clip(min=1e-5).detach()
     return (loss/factor if weighted else loss).sum((1, 2, 3))
 
+def official_family(kind, w, kappas, method, weight, d=None, score=False): # SIM with d'(y) by autograd of d in float64, Fisher, Diff-Instruct; any weight of the levels
+    _, k2, k3, k4 = kappas; a, s = levels(w.noise.t)
+    x_g = images(kind, w.generator, w.noise.z, w.text); x_t = a*x_g + s*w.noise.eps
+    if method == 'di': x_t = x_t.detach()                                  # the whole of Diff-Instruct
+    real = x0_of(kind, w.teacher, x_t, w.noise.t, w.text, w.empty, k4)
+    fake2, fake3 = (x0_of(kind, w.fake, x_t, w.noise.t, w.text, w.empty, k) for k in (k2, k3))
+    if method == 'sim': # scores are (a y - x_t)/s^2; the theorem's line is -d'(S_fake - S_real)^T (S_fake3 - S_conditional)
+        score_of = (lambda v: (a*v - x_t)/s**2) if score else (lambda v: v)
+        y = score_of(fake2) - score_of(real); slope, = torch.autograd.grad(sum(d(v) for v in y), y, create_graph=True)
+        loss = -slope*(score_of(fake3) - score_of(x_g))
+    else: loss = (real - fake2)*(fake3 - x_g) + (.5*(real - fake2)**2 if method == 'fisher' else 0.)
+    return (weight(a, s, x_g, real)*loss).sum((1, 2, 3))
+
 # --- three networks, prompts, noise
 def tiny_unet(seed):
     torch.manual_seed(seed)
@@ -95,6 +108,28 @@ def test_fake_loss(world, kind, kappa1):
 def test_generator_loss(world, kind, alpha, kappas):
     out = generator_losses(*ours(world, kind), recipe(kappas, alpha=alpha))
     agree(out.loss, official_generator(kind, world, kappas, alpha), world.generator)
+
+D = {'l2': lambda y: (y**2).sum(), 'huber:0.05': lambda y: ((y**2).sum() + .05**2*y.numel()).sqrt(), 'huber-abs:3': lambda y: ((y**2).sum() + 9).sqrt() - 3, 'p:1.7': lambda y: (y.abs()**1.7).sum(), 'p:3': lambda y: (y.abs()**3).sum()}
+W = {'none': lambda a, s, x, r: 1., 'l1': lambda a, s, x, r: (1/(x - r).abs().mean((1, 2, 3), keepdim=True).clip(min=1e-5)).detach(), 'snr': lambda a, s, x, r: a**2/s**2, '1-t': lambda a, s, x, r: 1/(1 + s/a), 'edm': lambda a, s, x, r: a**2/s**2 + 4}
+
+@pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
+@pytest.mark.parametrize('space', ['x0', 'score'])
+@pytest.mark.parametrize('distance', list(D))
+def test_sim_with_any_distance(world, kind, space, distance):
+    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], method='sim', distance=distance, space=space, weight='none'))
+    agree(out.loss, official_family(kind, world, KAPPAS[-1], 'sim', W['none'], D[distance], space == 'score'), world.generator)
+
+@pytest.mark.parametrize('weight', list(W))
+@pytest.mark.parametrize('method', ['fisher', 'sim', 'di'])
+def test_methods_and_weights(world, method, weight):
+    out = generator_losses(*ours(world, 'epsilon'), recipe(KAPPAS[-1], method=method, distance='huber-abs:3', weight=weight))
+    agree(out.loss, official_family('epsilon', world, KAPPAS[-1], method, W[weight], D['huber-abs:3']), world.generator)
+
+@pytest.mark.parametrize('weight', ['none', 'snr', '1-t', 'edm'])
+def test_weights_of_the_fake(world, weight):
+    _, *rest = ours(world, 'epsilon'); a, s = levels(world.noise.t)
+    official = official_fake('epsilon', world, 2.)*(s**2/a**2)[:, 0, 0, 0]*W[weight](a, s, 0, 0).reshape(-1) if weight != 'none' else official_fake('epsilon', world, 2.)*(s**2/a**2)[:, 0, 0, 0]
+    agree(fake_losses(*rest, recipe((2., 1., 1., 1.), fake_weight=weight)), official, world.fake)
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
 def test_unweighted(world, kind):
