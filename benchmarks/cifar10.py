@@ -269,7 +269,7 @@ class Notes:
     def __init__(self, minutes:float=0., curve=()): self.minutes, self.curve = minutes, [list(c) for c in curve]
     def add(self, nimg:int, value:torch.Tensor, end:bool):
         "Keep a point if it is its turn; only then the device is waited for"
-        if end or not self.curve or nimg - self.curve[-1][0] >= self.curve[-1][0]//30: self.curve.append([nimg, round(value.item(), 5)])
+        if end or not self.curve or nimg - self.curve[-1][0] >= self.curve[-1][0]//30: self.curve.append([nimg, float(f'{value.item():.4g}')])
         return self.curve[-1][1]
 
 def keep(run, root:Path, notes:Notes, facts:dict, net:bool):

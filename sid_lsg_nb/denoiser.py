@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         make = next(c for c in type(self.net).__mro__ if not c.__name__.startswith('FSDP'))          # a sliced network has changed its class
         return make.from_config(dict(self.net.config))
 
-# %% ../nbs/05_denoiser.ipynb #f3961d9e
+# %% ../nbs/05_denoiser.ipynb #0c3d34aa
 @dataclass
 class Teacher:
     "A text-to-image pipeline, seen as its parts"
@@ -116,6 +116,8 @@ class Teacher:
         return k
     def check(self, kappa): # the `Kappa` of a run
         "Raise `InputError` for guidance that the network cannot give; this kind can give any"
+    def check_start(self, t_init): # the generator's time
+        "Raise `InputError` for a generator that could not be saved; this kind starts anywhere"
     @torch.no_grad()
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
         "Latents to pictures"

@@ -153,7 +153,7 @@ def frozen(*nets:nn.Module):
     finally:
         for p in learning: p.requires_grad_(True)
 
-# %% ../nbs/10_distill.ipynb #4e15463b
+# %% ../nbs/10_distill.ipynb #e143e9c0
 class Learner:
     "A network with its optimiser: collects gradients over micro-batches, then steps once"
     def __init__(self,
@@ -179,12 +179,16 @@ class Learner:
         self._apply(skipped)
         self.optimizer.zero_grad(set_to_none=True)
         return SimpleNamespace(norm=norm.nan_to_num(0., 0., 0.), skipped=skipped)
+    def rest(self)->SimpleNamespace: # as `step`, all 0
+        "Forget what was collected"
+        self.optimizer.zero_grad(set_to_none=True); zero = torch.zeros((), device=next(self.net.parameters()).device)
+        return SimpleNamespace(norm=zero, skipped=zero)
     def _apply(self, skipped):
         if self.scaler: self.scaler.step(self.optimizer); self.scaler.update()
         elif getattr(self.optimizer, '_step_supports_amp_scaling', False): self.optimizer.found_inf = skipped; self.optimizer.step()
         elif not skipped: self.optimizer.step()                                                # 8-bit states: this one has to wait
 
-# %% ../nbs/10_distill.ipynb #f864fb82
+# %% ../nbs/10_distill.ipynb #a32fab0c
 @dataclass
 class Game:
     "Who plays, and by which rules"
@@ -194,24 +198,30 @@ class Game:
     null:Cond # conditioning of "", one row
     recipe:Recipe
     sequential:bool=False # the generator's gradient network by network: less memory, more time
+    adversary:object|None=None # a term that compares with real pictures: an `Adversary`, of a chapter of its own
+    @property
+    def rival(self): return self.adversary if self.adversary and self.adversary.awake else None # of the generator, now
+    def listening(self): # a context: what the fake's encoder says inside, for the rival
+        return self.rival.listen(self.fake.net) if self.rival else nullcontext()
 
-# %% ../nbs/10_distill.ipynb #e7fa0a9f
+# %% ../nbs/10_distill.ipynb #16715488
 def fake_step(
     game:Game,
     conds:list[Cond], # one conditioning per micro-batch
     noises:list[SimpleNamespace], # one draw per micro-batch
+    reals:list|None=None, # real pictures per micro-batch, if there is an adversary
 )->SimpleNamespace: # loss, norm, skipped, dropped: 0-d tensors
     "One Adam step of the fake on fresh pictures of the generator"
     fake, total, loss, dropped = game.fake, sum(len(n.t) for n in noises), 0., 0
-    for i, (cond, noise) in enumerate(zip(conds, noises, strict=True)):
+    for i, (cond, noise, real) in enumerate(zip(conds, noises, reals or [None]*len(conds), strict=True)):
         with fake.sync(i == len(conds) - 1):
-            losses = fake_losses(fake.train, game.generator.net, cond, game.null, noise, game.recipe)
+            losses = game.adversary.fake_losses(game, cond, noise, real) if game.adversary else fake_losses(fake.train, game.generator.net, cond, game.null, noise, game.recipe)
             ok = losses.detach().isfinite()
             fake.objective(torch.where(ok, losses, 0), total).backward()
         loss, dropped = loss + torch.where(ok, losses.detach(), 0).sum()/total, dropped + (~ok).sum()
     return SimpleNamespace(loss=loss, dropped=dropped, **vars(fake.step()))
 
-# %% ../nbs/10_distill.ipynb #2e9973f7
+# %% ../nbs/10_distill.ipynb #f48b56d1
 def pull(
     game:Game,
     x_g:Tensor, # the generator's pictures [B,C,H,W]
@@ -220,11 +230,12 @@ def pull(
 )->tuple[Tensor, SimpleNamespace]: # gradient of the objective at x_g [B,C,H,W]; what `judge` says
     "The judges' half of the gradient, in one graph"
     x_g = x_g.detach().requires_grad_()
-    o = judge(game.teacher, game.fake.net, x_g, cond, game.null, noise, game.recipe)
+    with game.listening() as heard: o = judge(game.teacher, game.fake.net, x_g, cond, game.null, noise, game.recipe)
+    if game.rival: o.loss = game.rival.keep*o.loss + game.rival.term(game, o, noise, heard)
     grad, = torch.autograd.grad(game.generator.objective(o.loss, total), x_g)
     return grad, o
 
-# %% ../nbs/10_distill.ipynb #c8189c8f
+# %% ../nbs/10_distill.ipynb #e600b2e9
 def pull_in_turn(game:Game, x_g:Tensor, cond:Cond, noise:SimpleNamespace, total:int)->tuple[Tensor, SimpleNamespace]: # as `pull`
     "The judges' half of the gradient, with one network's graph in memory at a time"
     k, x_g = game.recipe.kappa, x_g.detach().requires_grad_()
@@ -234,14 +245,18 @@ def pull_in_turn(game:Game, x_g:Tensor, cond:Cond, noise:SimpleNamespace, total:
     y_real, = guided(game.teacher, at, noise.t, cond, game.null, k.kappa4)
     said = [y.detach().requires_grad_() for y in (y_real, *y_fakes)]
     loss, ok = verdict(x_g, *said, game.recipe, game.teacher.schedule.alpha(noise.t), game.teacher.schedule.sigma(noise.t))
+    if game.rival: loss = game.rival.keep*loss
     bare, to_real, *to_fakes = torch.autograd.grad(game.generator.objective(loss, total), [x_g, *said])
     through, = torch.autograd.grad(y_real, at, to_real)
     del y_real                                                      # the teacher's graph is gone before the fake's is made
-    through += torch.autograd.grad(ask_fake(at), at, to_fakes)[0]
+    o = SimpleNamespace(loss=loss.detach(), ok=ok, x_g=x_g, x_t=x_t, y_real=said[0], y_fake=said[1])
+    with game.listening() as heard: answers = ask_fake(at)
+    if game.rival: term = game.rival.term(game, o, noise, heard); o.loss = o.loss + term.detach(); answers, to_fakes = (*answers, game.generator.objective(term, total)), (*to_fakes, None)
+    through += torch.autograd.grad(answers, at, to_fakes)[0]
     grad = bare + torch.autograd.grad(x_t, x_g, through)[0]
-    return grad, SimpleNamespace(loss=loss, ok=ok, x_g=x_g, x_t=x_t, y_real=said[0], y_fake=said[1])
+    return grad, o
 
-# %% ../nbs/10_distill.ipynb #275284d4
+# %% ../nbs/10_distill.ipynb #0f0f527d
 def generator_step(
     game:Game,
     conds:list[Cond], # one conditioning per micro-batch
@@ -261,7 +276,8 @@ def generator_step(
                 x_g.backward(where_ok(o.ok, grad))
             loss, dropped = loss + o.loss.detach().sum()/total, dropped + (~o.ok).sum()
             gap = gap + where_ok(o.ok, fisher(o.y_real, o.y_fake).detach()).sum()/total
-    return SimpleNamespace(loss=loss, fisher=gap, dropped=dropped, last=o, **vars(gen.step()))
+    done = gen.rest() if game.adversary and game.adversary.alone else gen.step()
+    return SimpleNamespace(loss=loss, fisher=gap, dropped=dropped, last=o, **vars(done))
 def where_ok(ok:Tensor, x:Tensor)->Tensor: # [B], [B, ...] -> [B, ...]
     "x, and 0 for the samples that are not ok"
     return torch.where(ok.view(-1, *[1]*(x.ndim - 1)), x, 0)
@@ -311,7 +327,7 @@ def shares(
     first = rank*sum(sizes); cuts = [first + sum(sizes[:i]) for i in range(len(sizes) + 1)]
     return [SimpleNamespace(**{k: v[a:b] if torch.is_tensor(v) else v for k, v in vars(noise).items()}) for a, b in zip(cuts, cuts[1:])]
 
-# %% ../nbs/10_distill.ipynb #938ade60
+# %% ../nbs/10_distill.ipynb #d6120a5b
 def distill(
     game:Game, # fake and generator start as copies of the teacher
     batches, # yields (conds for the fake, conds for the generator), see `text_batches`
@@ -322,13 +338,16 @@ def distill(
     nimg:int=0, # pictures seen before (resuming)
     shard:tuple=(0, 1), # this process, of so many
     dtype:torch.dtype=torch.float32, # of latents and noise
+    real=None, # for an adversary: yields (pictures, conditioning or None) for each of the fake's micro-batches
 )->Iterator[SimpleNamespace]: # fake: loss, norm, ...; gen: loss, fisher, norm, ...; nimg
     "Alternate fake and generator steps for as long as `batches` lasts"
     game.teacher.requires_grad_(False)
+    real = None if real is None else iter(real)
     def throw(sizes, fake): return shares(draw((shard[1]*sum(sizes), *latent_shape), game.teacher.schedule, game.recipe, rng, dtype, fake), sizes, shard[0])
     for batch in batches:
         sizes = [[len(next(iter(c.values()))) for c in conds] for conds in batch]
-        f = fake_step(game, batch[0], throw(sizes[0], True))
+        reals = game.adversary.meet(real, sizes[0], nimg) if game.adversary else None
+        f = fake_step(game, batch[0], throw(sizes[0], True), reals)
         g = generator_step(game, batch[1], throw(sizes[1], False))
         n = shard[1]*sum(sizes[1])
         if ema is not None: ema.update(game.generator.net, nimg, n)

@@ -309,7 +309,7 @@ def heun_path(
         path.append(x + (then - now)*(d if then == 0 else (d + slope(x + (then - now)*d, then))/2))
     return path
 
-# %% ../nbs/19_edm.ipynb #a49a982d
+# %% ../nbs/19_edm.ipynb #4f29d673
 @dataclass
 class Guided:
     "A denoiser with its guidance, for samplers that know nothing of it"
@@ -352,6 +352,7 @@ class EdmTeacher:
         "Raise `InputError` for guidance that the network cannot give"
         if kappa != Kappa() and not (self.text.names and self.denoiser.net.config.get('label_dropout', 0)):
             raise InputError(f'teacher {self.path!r} was not trained on an empty class, so it cannot be guided; give all four kappas as 1')
+    def check_start(self, t_init:float): "A generator of this kind starts anywhere"
     def save(self, net:EdmDenoiser, folder, t_init:float)->Path:
         "Write a one-step generator; see `save_edm`"
         return save_edm(net.net, folder, self.schedule.sigma(torch.tensor(t_init, dtype=torch.float64)).item())

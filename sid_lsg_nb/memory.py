@@ -6,12 +6,12 @@
 __all__ = ['LORA_TARGETS', 'SHAPES', 'Lent', 'plain_copy', 'meta_unet', 'size', 'activations', 'budget', 'lora_size',
            'print_budget']
 
-# %% ../nbs/21_memory.ipynb #1a8d701e
+# %% ../nbs/21_memory.ipynb #979edef1
 import copy, json
 from functools import cache
 import torch
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,14 +19,15 @@ from .denoiser import Denoiser
 from .distill import Kept
 from .parallel import precision_of
 
-# %% ../nbs/21_memory.ipynb #c6afed92
-LORA_TARGETS = ('to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2', 'conv_shortcut', 'downsamplers.0.conv', 'upsamplers.0.conv', 'time_emb_proj')
+# %% ../nbs/21_memory.ipynb #050d9516
+LORA_TARGETS = ('to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2', 'conv_shortcut', 'downsamplers.0.conv', 'upsamplers.0.conv', 'time_emb_proj', # U-Nets, PixArt
+    'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out', 'ff_context.net.0.proj', 'ff_context.net.2', 'conv_inverted', 'conv_point') # SD3, SANA
 class Lent(nn.Module):
     "A network shared by several adapters, seen as one of them; '' is the network alone"
     def __init__(self, base:nn.Module, adapter:str='', rank:int=64): # adapter is made unless the base has it
         super().__init__()
         self.adapter, self.rank, self._shared = adapter, rank, (base,)                     # in a tuple: not this module's own
-        if adapter and adapter not in getattr(base, 'peft_config', {}): base.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights='gaussian', target_modules=list(LORA_TARGETS)), adapter)
+        if adapter and adapter not in getattr(base, 'peft_config', {}): inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights='gaussian', target_modules=list(LORA_TARGETS)), base, adapter)
         self.own = nn.ParameterList(p for name, p in base.named_parameters() if adapter and f'.{adapter}.' in name)
     @property
     def base(self)->nn.Module: return self._shared[0]
@@ -47,15 +48,16 @@ class Lent(nn.Module):
         return new
     def enable_gradient_checkpointing(self): self.base.enable_gradient_checkpointing()
 
-# %% ../nbs/21_memory.ipynb #32176581
+# %% ../nbs/21_memory.ipynb #d0489797
 def plain_copy(net:Denoiser)->Denoiser: # on the CPU, float32
     "A network of its own with ordinary weights: an adapter is folded in"
     if not isinstance(net.net, Lent): return net.around(copy.deepcopy(net.net).to('cpu', torch.promote_types(next(net.parameters()).dtype, torch.float32)))
-    unet = copy.deepcopy(net.net.base).to('cpu', torch.promote_types(next(net.net.base.parameters()).dtype, torch.float32))
-    Lent(unet, net.net.adapter).switch()
-    if net.net.adapter: unet.fuse_lora(adapter_names=[net.net.adapter])
-    unet.unload_lora()
-    return net.around(unet)
+    alone = copy.deepcopy(net.net.base).to('cpu', torch.promote_types(next(net.net.base.parameters()).dtype, torch.float32))
+    for name, layer in [(k, m) for k, m in alone.named_modules() if isinstance(m, BaseTunerLayer)]:
+        if net.net.adapter: layer.merge(adapter_names=[net.net.adapter])
+        alone.set_submodule(name, layer.get_base_layer())
+    if hasattr(alone, 'peft_config'): del alone.peft_config
+    return net.around(alone)
 
 # %% ../nbs/21_memory.ipynb #a0a23d0a
 SHAPES = {  # published configs: the UNet's, and weights of text encoder and VAE in millions

@@ -76,7 +76,7 @@ def few_step_scheduler(
     betas = scheduler.betas.tolist()[:t_init + 1]
     return LCMScheduler(trained_betas=betas, num_train_timesteps=len(betas), original_inference_steps=1, clip_sample=False, prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
 
-# %% ../nbs/11_pipeline.ipynb #61e8964c
+# %% ../nbs/11_pipeline.ipynb #eefc7ece
 @dataclass
 class Student:
     "A saved one-step generator; call it with prompts"
@@ -97,7 +97,7 @@ class Student:
         if steps > 1:
             few = few_step_scheduler(self.pipe.scheduler, t_init := len(self.pipe.scheduler.betas) - 1)
             how = dict(latents=z*(1 - few.alphas_cumprod[t_init])**.5, timesteps=step_times(t_init, steps), generator=[torch.Generator().manual_seed(s + 1_000_003) for s in seeds])
-        pipe = StableDiffusionPipeline.from_pipe(self.pipe, scheduler=few) if steps > 1 else self.pipe
+        pipe = type(self.pipe)(**self.pipe.components | dict(scheduler=few), requires_safety_checker=False) if steps > 1 else self.pipe       # from_pipe would cast the parts
         pipe.set_progress_bar_config(disable=True)
         return pipe(list(prompts), guidance_scale=0, output_type='pt', **how).images.float()*2 - 1
 

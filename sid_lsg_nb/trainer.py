@@ -7,7 +7,7 @@ __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'timed', 'setup', 'it
            'student_name', 'ways_to_draw', 'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged',
            'Watch', 'save', 'follow', 'leave_house', 'go_back', 'train']
 
-# %% ../nbs/24_trainer.ipynb #329bb9d1
+# %% ../nbs/24_trainer.ipynb #26308f9f
 import json, signal, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 import torch
+from diffusers import ModelMixin
 from tqdm.auto import tqdm
 from .core import InputError, atomic_write, rng
 from .conditioning import PromptStream
@@ -51,11 +52,11 @@ def stop_flag():
     finally:
         for s, h in old.items(): signal.signal(s, h)
 
-# %% ../nbs/24_trainer.ipynb #ce9449ad
+# %% ../nbs/24_trainer.ipynb #663d1b8d
 def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser]: # teacher, fake, generator
     "Three views: each with its own weights, or a LoRA on the teacher's"
     p, d = precision_of(config.precision), teacher.denoiser
-    if config.lora != 'none' and not hasattr(d.net, 'add_adapter'): raise InputError(f'the network of teacher {teacher.path!r} cannot carry a LoRA; leave --lora away')
+    if config.lora != 'none' and not isinstance(d.net, ModelMixin): raise InputError(f'the network of teacher {teacher.path!r} cannot carry a LoRA; leave --lora away')
     shared = {k: config.lora in (k, 'both') for k in ('fake', 'generator')}
     own = {k: d.copy() for k, lent in shared.items() if not lent}                     # before the base is cast or gets additions
     d.net.to(p.teacher); d.autocast = p.autocast
@@ -69,7 +70,7 @@ def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser
         torch.manual_seed(config.seed)                                                # a LoRA begins with dice
         return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
 
-# %% ../nbs/24_trainer.ipynb #64cd5b80
+# %% ../nbs/24_trainer.ipynb #14840162
 @dataclass
 class Job:
     "A run in progress"
@@ -99,9 +100,10 @@ def timed(config:Config, teacher)->Recipe:
     schedule = teacher.schedule; table = isinstance(schedule, DiscreteSchedule); times = [v for k in ('t_init', 't_min', 't_max') if (v := getattr(config, k)) is not None]
     if table and any(v != int(v) for v in times): raise InputError(f'teacher {teacher.path!r} has a table of {len(schedule)} times; give whole numbers for t_init, t_min and t_max')
     t_init = getattr(teacher, 't_init', schedule.time_of(SIGMA_INIT)) if config.t_init is None else config.t_init
+    t_init = t_init if table else float(t_init)                        # a whole number would mean a table's row
     last = len(schedule) - table if hasattr(schedule, '__len__') else 1
     if t_init > last: raise InputError(f't_init {t_init} lies beyond the teacher\'s last time, {last}; leave it out to have it derived')
-    recipe = recipe_of(config, t_init, schedule.usual)
+    teacher.check_start(t_init); recipe = recipe_of(config, t_init, schedule.usual)
     for law in (recipe.law, recipe.law_fake or recipe.law): schedule.sample_time(1, recipe.t_min, recipe.t_max, law=law)
     return recipe
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
