@@ -32,7 +32,7 @@ from .parallel import Team
 from .settings import Config, label, saved_config
 from .watch import in_parts, many_step_draw
 
-# %% ../nbs/26_compare.ipynb #e9262713
+# %% ../nbs/26_compare.ipynb #f2182a91
 @dataclass(frozen=True)
 class Subject:
     "Something to score or to show"
@@ -46,7 +46,7 @@ def is_one_step(folder:Path)->bool:
     "Does the scheduler's table end where the one step begins, as `save_student` makes it?"
     try: c = json.loads((folder/'scheduler/scheduler_config.json').read_text(encoding='utf-8'))
     except (OSError, ValueError): return False
-    return isinstance(c, dict) and c.get('_class_name') == 'EulerDiscreteScheduler' and c.get('timestep_spacing') == 'trailing' and bool(c.get('trained_betas'))
+    return isinstance(c, dict) and (bool(c.get('trained_betas')) and (c.get('_class_name'), c.get('timestep_spacing')) in (('EulerDiscreteScheduler', 'trailing'), ('LMSDiscreteScheduler', 'trailing')) or c.get('_class_name') == 'FlowMatchEulerDiscreteScheduler' and c.get('shift') == 1. and bool(c.get('stochastic_sampling')))
 
 # %% ../nbs/26_compare.ipynb #93b9b998
 def read_log(file:Path)->list[dict]:
