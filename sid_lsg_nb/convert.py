@@ -6,7 +6,7 @@
 __all__ = ['OPTIONS', 'DTYPES', 'WAYS', 'Export', 'check_options', 'size_of', 'start_of', 'where_to', 'to_single_file', 'to_lora',
            'to_onnx', 'to_fp16', 'check_files', 'to_card', 'export_to', 'Import', 'unet_file', 'import_from']
 
-# %% ../nbs/27_convert.ipynb #0f72d18a
+# %% ../nbs/27_convert.ipynb #562005fa
 import json, re, shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -18,7 +18,8 @@ import tyro
 from diffusers import EulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from .core import InputError, pick_device
-from .denoiser import find_pipeline
+from .denoiser import find_pipeline, pipeline_class
+from .edm import is_edm
 from .reader import import_student
 from .export import add_variant, export_onnx, save_lora, single_file, start
 from .card import push, write_card
@@ -95,7 +96,7 @@ def to_fp16(args:Export, s:Subject)->list[str]:
     return [f'{s.path}: {len(new)} files more, {size_of(*new)}, fp16, named *.fp16.safetensors', "import torch; from diffusers import StableDiffusionPipeline",
             f"pipe = StableDiffusionPipeline.from_pretrained({s.path!r}, variant='fp16', torch_dtype=torch.float16); image = pipe('a prompt', num_inference_steps=1, guidance_scale=0).images[0]"]
 
-# %% ../nbs/27_convert.ipynb #bf0d51d9
+# %% ../nbs/27_convert.ipynb #dbbeb83e
 def check_files(home:Path):
     "Raise `ValueError` for a file of the run that a card cannot be made of"
     for name in ('scores.json', 'prompts.json', 'log.jsonl'):
@@ -118,6 +119,8 @@ def export_to(args:Export)->list[str]: # what was printed
     "Write, and say what is there and how to use it; raises `InputError` with nothing written"
     check_options(args); s = subject(args.run)
     if s.kind != 'student': raise InputError(f'{args.run!r} is no student; give a run folder, or the generator/ inside it')
+    kind = 'an EDM network' if is_edm(s.path) else f'a {pipeline_class(s.path, s.path)}'
+    if args.to != 'card' and kind != 'a StableDiffusionPipeline': raise InputError(f'{args.run!r} is {kind}; --to {args.to} knows the layout of Stable Diffusion 1.x and 2.x only' + ('' if is_edm(s.path) else f', and {s.path} opens in stock diffusers as it is'))
     said = WAYS[args.to](args, s); print(*said, sep='\n  ')
     return said
 

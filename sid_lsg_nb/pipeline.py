@@ -6,7 +6,7 @@
 __all__ = ['one_step_scheduler', 'prefix_text_keys', 'vocab_files', 'save_student', 'few_step_scheduler', 'Student',
            'load_student']
 
-# %% ../nbs/11_pipeline.ipynb #a02469c3
+# %% ../nbs/11_pipeline.ipynb #55f41f4a
 import json, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .core import InputError, noise_for
-from .denoiser import Denoiser, Teacher
+from .denoiser import Denoiser, Teacher, pipeline_class
 from .generator import step_times
 
 # %% ../nbs/11_pipeline.ipynb #5f20d3c7
@@ -101,7 +101,7 @@ class Student:
         pipe.set_progress_bar_config(disable=True)
         return pipe(list(prompts), guidance_scale=0, output_type='pt', **how).images.float()*2 - 1
 
-# %% ../nbs/11_pipeline.ipynb #cf802966
+# %% ../nbs/11_pipeline.ipynb #2d7d9d43
 def load_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
@@ -112,6 +112,7 @@ def load_student(
     if (folder/'generator').is_dir(): folder = folder/'generator'
     if not (folder/'model_index.json').is_file():
         raise InputError(f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ inside it')
+    if (kind := pipeline_class(str(folder), str(path))) != 'StableDiffusionPipeline': raise InputError(f'{str(path)!r} is a {kind}; this works for Stable Diffusion 1.x and 2.x only')
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Student(pipe)
