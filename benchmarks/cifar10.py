@@ -304,7 +304,7 @@ def train(run, root:Path, total:int, minutes:float, facts:dict):
     print(f'{root.name}: {run.nimg:,} pictures seen, {(run.nimg - first)/seconds:,.0f} per second in this call; network in {root/"nets"}')
 
 def facts_of(o:Options, who:str, net, **more)->dict:
-    return dict(who=who, size=o.size, classes=o.classes, parameters=sum(p.numel() for p in net.parameters()), precision=o.precision, **more)
+    return dict(who=who, size=o.size, classes=o.classes, parameters=sum(p.numel() for p in net.parameters()), number_format=o.precision, **more)
 
 def train_teacher(o:Options, minutes:float=0.):
     "The teacher, begun or gone on with"
@@ -356,7 +356,7 @@ def score_one(o:Options, who:str, images:Images, facts:dict, features:Features)-
     r = score_images(images, protocol_of(images.n, o.reference_n), reference=reference, features=features, device=str(pick_device(o.device)), workers=os.cpu_count(), batch=o.draw)
     m = machine(features.device); print(r.line().partition(' | ')[0])
     score = dict(n=images.n, reference_n=o.reference_n, score_device=m['device'], score_minutes=round((time.monotonic() - start)/60, 2), score_date=m['date'], protocol=r.line().partition(' | ')[2])
-    return facts | {k: round(v, 4) for k, v in r.values.items()} | score | (dict(seeds=f'0..{images.n - 1}') if who != 'test' else {})
+    return facts | {k: float(f'{v:.5g}') for k, v in r.values.items()} | score | (dict(seeds=f'0..{images.n - 1}') if who != 'test' else {})
 
 def key(row:dict)->tuple: return tuple(row.get(k) for k in ('who', 'size', 'classes', 'device', 'images', 'n', 'reference_n'))
 def read_rows(o:Options)->list[dict]:
@@ -421,6 +421,7 @@ def everything(o:Options):
 def main(argv:list[str]|None=None)->int: # exit status
     o = tyro.cli(Options, prog='benchmarks/cifar10.py', description=__doc__, args=argv)
     work = dict(data=get_data, teacher=lambda o: train_teacher(o, o.minutes), distil=lambda o: distil_all(o, o.minutes/len(o.methods)), score=score_all, all=everything, table=table)
+    torch.backends.cudnn.benchmark = True
     try: work[o.command](o)
     except (InputError, CheckpointError) as e: print(f'cifar10.py: {e}', file=sys.stderr); return 2
     except KeyboardInterrupt: print('\ncifar10.py: interrupted; the same command goes on from the last checkpoint', file=sys.stderr); return 130

@@ -26,11 +26,12 @@ from .denoiser import Denoiser, Teacher, find_pipeline, tiny_vae
 from .generator import few_steps, step_times
 from .pipeline import Student, vocab_files
 
-# %% ../nbs/19_flow.ipynb #466b7eff
+# %% ../nbs/19_flow.ipynb #d1c9ee5d
 class FlowDenoiser(Denoiser):
     "A flow-matching transformer of diffusers, whose clock runs from 0 to 1000"
     def ask(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C or more,H,W]; t [B] in [0, 1]
-        return self.net(x_t, timestep=1000*t*self.net.config.get('timestep_scale', 1.), **cond, return_dict=False)[0]
+        config = getattr(self.net, 'module', self.net).config                  # perhaps inside DDP
+        return self.net(x_t, timestep=1000*t*config.get('timestep_scale', 1.), **cond, return_dict=False)[0]
     def copy(self)->'FlowDenoiser':
         "An independent copy with gradients on; not for the queries whose answers SD3's last block throws away"
         new = super().copy()

@@ -135,10 +135,10 @@ def cut_like(tree, model):
     if isinstance(tree, dict): return {k: cut_like(v, model[k]) for k, v in tree.items()}
     return type(tree)(map(cut_like, tree, model)) if isinstance(tree, (list, tuple)) else tree
 
-# %% ../nbs/20_parallel.ipynb #04e0a194
+# %% ../nbs/20_parallel.ipynb #d1f5fe59
 def make_learner(
     team:Team,
-    net:Denoiser, # will learn; its weights are cast, and cut if `shard`
+    net:Denoiser, # will learn, all of it or what is not frozen; its weights are cast, and cut if `shard`
     lr:float,
     precision:str='fp32', # a name in `PRECISIONS`
     shard:bool=False, # slices instead of copies
@@ -148,7 +148,7 @@ def make_learner(
 )->Learner:
     "A network ready to learn on this team"
     p = precision_of(precision); net.autocast = p.autocast
-    net.requires_grad_(True)
+    if not any(q.requires_grad for q in net.parameters()): net.requires_grad_(True)               # a LoRA that was switched off; what `copy` froze stays frozen
     if next(net.parameters()).dtype != torch.float64: net.to(p.weights)                       # double precision stays, for comparisons
     together = (slices if shard else copies)(team, net)
     optimizer = make_adam([q for q in net.parameters() if q.requires_grad], lr=lr, eps=eps or p.eps, bits=bits)

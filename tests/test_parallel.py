@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file
 from sid_lsg_nb.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.denoiser import tiny_pipeline
+from sid_lsg_nb.flow import tiny_sd3
 
 FLAGS = '--preset embedded --batch 8 --micro 2 --log-every 8 --sample-every 800 --checkpoint-every 16 --keep 9 --teacher-steps 2 --device cpu --kappa 1.5'.split()
 
@@ -48,6 +49,20 @@ def test_two_processes_are_one(home, one, how):
     assert [r['nimg'] for r in lines(home/how)] == [8, 16, 24, 32] and apart(generator(one), generator(home/how)) < 8e-4
     start_weights = load_file(home/'teacher/unet/diffusion_pytorch_model.safetensors')
     assert apart(generator(one), start_weights) > 1e-4 or apart(saved['generator'], {f'net.{k}': v for k, v in start_weights.items()}) > 1e-4
+
+@pytest.fixture(scope='module')
+def chain(home): # another kind of teacher, another loss, several steps: one step of the chain per iteration, the same everywhere
+    tiny_sd3(home/'flow'); how = '--teacher flow --steps 3 --nimg 24 --weight 1-t --law logit-normal --fake-weight velocity --method sim --distance huber:0.1 --n-eval 0'.split()
+    run(home, 1, '--out', 'chain', *how)
+    return how
+
+@pytest.mark.parametrize('how', ['copies', 'slices'])
+def test_a_flow_with_several_steps(home, chain, how):
+    run(home, 2, '--out', f'chain-{how}', *chain, *(['--shard'] if how == 'slices' else []))
+    a, b = lines(home/'chain'), lines(home/f'chain-{how}')
+    assert len(a) == 3 and all(x[k] == pytest.approx(y[k], rel=2e-3, abs=1e-6) for x, y in zip(a, b) for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'))
+    new, old = (load_file(home/f/'transformer/diffusion_pytorch_model.safetensors') for f in (f'chain-{how}/generator', 'flow'))
+    assert apart(new, load_file(home/'chain/generator/transformer/diffusion_pytorch_model.safetensors')) < 1e-3 and apart(new, old) > 1e-4
 
 def test_slices_resume_exactly(home):
     run(home, 2, '--out', 'long', '--nimg', '32', '--shard'); run(home, 2, '--out', 'short', '--nimg', '16', '--shard')

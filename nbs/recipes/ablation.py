@@ -38,7 +38,7 @@ def lsg(kappa, **more): return Setting(dict(guidance='lsg', kappa=kappa), **more
 BASE = 'LSG 1.25'                               # the preset: a row in every question
 SETTINGS = {
     BASE: lsg(1.25, draws=(1, 2, 4)), 'no CFG': lsg(1.), 'LSG 1.5': lsg(1.5), 'LSG 2': lsg(2.), 'LSG 3': lsg(3.), 'LSG 4.5': lsg(4.5),
-    **{f'long {k:g}': Setting(dict(guidance='long', kappa=k)) for k in (1.25, 1.5, 2., 3.)}, **{f'short {k:g}': Setting(dict(guidance='short', kappa=k)) for k in (.8, .5)},
+    **{f'long {k:g}': Setting(dict(guidance='long', kappa=k)) for k in (1.5, 2., 3.)}, **{f'short {k:g}': Setting(dict(guidance='short', kappa=k)) for k in (.8, .5)},
     'undistilled': Setting(part=0., draws=(1, 2, 4)), **{f'teacher, CFG {k:g}': Setting(part=0., teacher=k) for k in (1., 1.5, 3.)},
     **{name: lsg(1.25, captions=name) for name in ('64 captions', '20 concepts', 'one background')},
     **{f'trained for {k} steps': lsg(1.25, steps=k, draws=(1, 2, 4)) for k in (2, 4)},
@@ -46,7 +46,7 @@ SETTINGS = {
     **{f'{name}, a quarter': Setting(dict(precision=name), part=.25) for name in ('fp32', 'bf16', 'pure-bf16', 'pure-fp16')},
     **{f'{name}, longer': Setting(dict(guidance=g, kappa=k), part=4.) for name, g, k in (('no CFG', 'lsg', 1.), (BASE, 'lsg', 1.25), ('LSG 2', 'lsg', 2.), ('long 2', 'long', 2.))}}
 QUESTIONS = dict(
-    kappa=['no CFG', 'short 0.8', 'short 0.5', 'long 1.25', 'long 1.5', 'long 2', 'long 3', BASE, 'LSG 1.5', 'LSG 2', 'LSG 3', 'LSG 4.5'],
+    kappa=['no CFG', 'short 0.8', 'short 0.5', 'long 1.5', 'long 2', 'long 3', BASE, 'LSG 1.5', 'LSG 2', 'LSG 3', 'LSG 4.5'],
     prompts=[BASE, '64 captions', '20 concepts', 'one background'], steps=[BASE, 'trained for 2 steps', 'trained for 4 steps', 'undistilled'],
     precision=[BASE, 'bf16', 'pure-bf16'], teacher=['undistilled', 'teacher, CFG 1', 'teacher, CFG 1.5', 'teacher, CFG 3'],
     fp16=['fp32, a quarter', 'bf16, a quarter', 'pure-bf16, a quarter', 'pure-fp16, a quarter'],
@@ -74,7 +74,7 @@ def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:Scorer)->d
     "Train and score; the first losses go along, so that a run can be recognised"
     tick, job, spent = time.time(), prepare(setting, seed, nimg, n, batch), np.zeros(2)
     clocks = lambda: np.array([time.time(), time.process_time()])
-    end = round(setting.part*nimg/batch)*batch; looks, first, gaps, scores = {end, end//2} if setting.part > 1 else {end}, [], [], []
+    end = round(setting.part*nimg/batch)*batch; looks, first, gaps, scores = {end, end//2, end//4} if setting.part > 1 else {end}, [], [], []
     def look(images):
         for steps in setting.draws if images == end else (1,):
             draw = many_step_draw(job.teacher, setting.teacher, 25) if setting.teacher else student_draw(job.teacher, job.ema.net, job.game.recipe.t_init, steps)
@@ -106,7 +106,7 @@ def main(
     result = json.loads(out.read_text()) if out.exists() else dict(machine=machine(), date=date.today().isoformat(), minutes=0., settings=settings, questions=QUESTIONS, runs=[])
     if result['settings'] != settings: raise InputError(f'{out} was made with {result["settings"]}, not with {settings}; give another --out')
     done, scorer = {(r['name'], r['seed']) for r in result['runs']}, Scorer()
-    jobs = list(dict.fromkeys((name, seed) for seed, q in itertools.product(seeds, questions) for name in QUESTIONS[q]))
+    jobs = list(dict.fromkeys((name, seed) for q in questions for seed, name in itertools.product(seeds, QUESTIONS[q])))
     for name, seed in tqdm([j for j in jobs if j not in done], desc='runs'):
         r = dict(name=name, seed=seed) | run(SETTINGS[name], seed, nimg, n, batch, scorer)
         result |= dict(runs=[*result['runs'], r], minutes=round(result['minutes'] + r['minutes'], 2), questions=QUESTIONS)
