@@ -56,9 +56,9 @@ SIZES = {
 _edm = dict(kappa=Kappa(), t_min=0, t_max=800, t_init=KarrasSchedule().time_of(SIGMA_INIT), law_fake='edm', fake_weight='edm')
 RECIPES = dict(sid=Recipe(alpha=1.2, **_edm), sim=Recipe(method='sim', distance='huber', weight='none', **_edm))
 PUBLISHED = [ # who, FID unconditional, FID conditional, million pictures
-    ("EDM's teacher, 55.7 M weights, 35 network calls (2206.00364)", 1.97, 1.79, '200 / 200'),
-    ('SiD, alpha 1.2, one step, distilled from it (2404.04057)', 1.923, 1.710, '404 / 713'),
-    ('SIM, one step, distilled from it (2410.16794)', 2.06, 1.96, 'not published'),
+    ("EDM's teacher, 55.7 M weights, 35 network calls (2206.00364)", '1.97', '1.79', '200 / 200'),
+    ('SiD, alpha 1.2, one step, distilled from it (2404.04057)', '1.923', '1.710', '404 / 713'),
+    ('SIM, one step, distilled from it (2410.16794)', '2.06', '1.96', 'not found'),
 ]
 NAMES = dict(teacher='teacher, Heun, 35 calls', sid='SiD, one step', sim='SIM, one step')
 
@@ -393,7 +393,7 @@ def not_run(rows:list[dict])->list[dict]:
 def line(r:dict)->str:
     "One line of the table"
     kind = f'{"conditional" if r["classes"] else "unconditional"} | {r["size"]}'
-    if r['fid'] is None: return f'| {NAMES[r["who"]]} | {kind} | | not run | | | `{r["command"]}` |'
+    if r['fid'] is None: return f'| {NAMES[r["who"]]} | {kind} | | not run | | `{r["command"]}` |'
     where = f'{r.get("device", "")}, {r["score_date"]}' + (f', {r["minutes"]:.1f} min of training' if 'minutes' in r else '')
     if r['who'] == 'test': return f'| real test pictures (a yardstick) | | | – | {r["fid"]:.2f} | {r["n"]:,} / {r["reference_n"]:,} | {where} |'
     return f'| {NAMES[r["who"]]} | {kind}, {r["parameters"]/1e6:.2g} M | {r["images"]:,} | {r["fid"]:.2f} | {r["n"]:,} / {r["reference_n"]:,} | {where} |'
@@ -404,8 +404,8 @@ def section(rows:list[dict])->str:
     head = ['## CIFAR-10', '', 'A teacher trained by `python benchmarks/cifar10.py` on the 50,000 training pictures in EDM\'s manner, and one-step students distilled from it with SiD and SIM; real Inception, TensorFlow\'s own resizing, pictures of seeds 0 to n - 1 against training pictures. "Not run" means just that; the command stands there.', '',
             'Published, from EDM\'s big teacher; 50,000 pictures against 50,000:', '', '| | FID unconditional / conditional | million pictures |', '|---|---|---|', *(f'| {w} | {u} / {c} | {m} |' for w, u, c, m in PUBLISHED), '',
             'Ours. ' + ' '.join(f'"{s}": {SIZES[s].label}.' for s in sizes) + ' An FID of few pictures is large whatever they show: compare it with the yardstick of the same n, and with nothing else.', '',
-            '| | kind, network | pictures seen | FID | n / reference | device, date |', '|---|---|---|---|---|---|']
-    return '\n'.join([*head, *(line(r) for r in sorted(rows, key=lambda r: (list(SIZES).index(r['size']) if r['size'] else -1, r['classes']), reverse=True))])
+            '| | | network | pictures seen | FID | n / reference | device, date |', '|---|---|---|---|---|---|---|']
+    return '\n'.join([*head, *(line(r) for r in sorted(rows, key=lambda r: (-list(SIZES).index(r['size']) if r['size'] else 1, r['classes'])))])
 
 def table(o:Options):
     "Write the part of README.md that is between the marks, or append it"
