@@ -43,6 +43,7 @@ def main(wanted:list[str]):
             'Peak memory is measured on GPUs only; the second number is the count from shapes (chapter 21). Rows say where and when; "not run" means just that.',
             'The turns of iteration and floor alternate, so ratios hold on a machine shared with other work, as the one of the CPU rows was; seconds of different rows do not compare there.', '',
             '| command | iteration / floor | s per iteration | images/s | peak / counted GiB | machine |', '|---|---|---|---|---|---|']
-    (HERE/'README.md').write_text('\n'.join([*head, *map(line, ROWS)]) + '\n', encoding='utf-8')
+    kept = (HERE/'README.md').read_text(encoding='utf-8').partition('\n<!-- cifar10 -->')[1:]   # cifar10.py's part stays
+    (HERE/'README.md').write_text('\n'.join([*head, *map(line, ROWS)]) + '\n' + ''.join(kept), encoding='utf-8')
 
 if __name__ == '__main__': main(sys.argv[1:])

@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         make = next(c for c in type(self.net).__mro__ if not c.__name__.startswith('FSDP'))          # a sliced network has changed its class
         return make.from_config(dict(self.net.config))
 
-# %% ../nbs/05_denoiser.ipynb #0c3d34aa
+# %% ../nbs/05_denoiser.ipynb #e7a90641
 @dataclass
 class Teacher:
     "A text-to-image pipeline, seen as its parts"
@@ -126,6 +126,14 @@ class Teacher:
         pixels = self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
         if self.vae_rests: self.vae.to(self.vae_rests)
         return pixels
+    @torch.no_grad()
+    def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
+        "Pictures to latents: the mean of the VAE's posterior, undone by `decode`"
+        if self.vae_rests: self.vae.to(pixels.device)
+        said = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype))
+        latents = (said.latent_dist.mean if hasattr(said, 'latent_dist') else said.latent).float()*self.vae.config.scaling_factor
+        if self.vae_rests: self.vae.to(self.vae_rests)
+        return latents
 
 # %% ../nbs/05_denoiser.ipynb #d03b21b1
 EMBEDDED = Path(str(files('sid_lsg_nb')))/'embedded'   # the bundled world: teacher, scorer, prompts

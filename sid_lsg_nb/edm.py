@@ -9,8 +9,8 @@ __all__ = ['ARCHS', 'SIZES', 'WORDS', 'UNUSED', 'CIFAR10', 'ARGUMENTS', 'scaling
            'EdmTeacher', 'EdmStudent', 'edm_teacher', 'tiny_edm', 'DiffusersBody', 'unet2d_edm', 'edm_net', 'save_edm',
            'fill', 'official_net', 'folder_net', 'is_edm', 'load_edm', 'load_edm_student', 'save_stock']
 
-# %% ../nbs/19_edm.ipynb #1e666160
-import copy, json, math, os, shutil
+# %% ../nbs/19_edm.ipynb #8907dca6
+import json, math, os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -309,7 +309,7 @@ def heun_path(
         path.append(x + (then - now)*(d if then == 0 else (d + slope(x + (then - now)*d, then))/2))
     return path
 
-# %% ../nbs/19_edm.ipynb #4f29d673
+# %% ../nbs/19_edm.ipynb #58dcb953
 @dataclass
 class Guided:
     "A denoiser with its guidance, for samplers that know nothing of it"
@@ -341,6 +341,7 @@ class EdmTeacher:
     def prompts(self)->list[str]:
         "All that there are: one prompt per class, or one for all pictures"
         return list(self.text.names) or ['a picture']
+    def encode(self, pictures:Tensor)->Tensor: return pictures.float() # and no encoder
     def decode(self, pictures:Tensor)->Tensor: # [B,3,H,W] -> the same in [-1,1], float32
         "Pixels need no decoder"
         return pictures.float().clamp(-1, 1)

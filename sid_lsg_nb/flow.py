@@ -98,7 +98,7 @@ class SD3Text:
         if self._null is None: self._null = self([''])
         return self._null
 
-# %% ../nbs/19_flow.ipynb #ed0e91b5
+# %% ../nbs/19_flow.ipynb #27f592b5
 def start_scheduler()->FlowMatchEulerDiscreteScheduler:
     "A stock scheduler whose single step is a generator that starts at t = 1; with `sigmas=step_times(1., K)` its K steps re-noise in between"
     return FlowMatchEulerDiscreteScheduler(shift=1., stochastic_sampling=True)
@@ -130,6 +130,10 @@ class SD3Teacher(FlowTeacher):
         "Latents to pictures: x/scaling + shift"
         c = self.vae.config
         return super().decode(latents + (c.shift_factor or 0.)*c.scaling_factor)
+    def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
+        "Pictures to latents, undone by `decode`"
+        c = self.vae.config
+        return super().encode(pixels) - (c.shift_factor or 0.)*c.scaling_factor
 
 # %% ../nbs/19_flow.ipynb #34515045
 def old_names(

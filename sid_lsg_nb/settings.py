@@ -24,7 +24,7 @@ from .flow import SID_DIT
 from .memory import SHAPES, budget, meta_unet, print_budget
 from .parallel import divide
 
-# %% ../nbs/22_settings.ipynb #ce7c5a42
+# %% ../nbs/22_settings.ipynb #f5d8920a
 @dataclass(frozen=True)
 class Config:
     "Settings of one distillation run"
@@ -53,6 +53,12 @@ class Config:
     t_init: int | float | None = None # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
     steps: int = 1                 # of the generator; more than one re-noises in between, and every step is trained in turn
     renoise: Literal['fresh', 'fixed'] = 'fresh' # noise between the steps in training: new, or the start noise again; drawing takes new noise
+    real: str = ''                 # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
+    gan_push: float = 1e-4         # of the adversary: the generator's reward beside its loss (published: 0.01 beside 100)
+    gan_learn: float = 1.0         # the discriminator's loss beside the fake's
+    gan_rests: int = 100_000       # images until which the generator rests
+    gan_begins: int = 200_000      # images after which it is rewarded
+    gan_layer: str = ''            # of the fake's network; default: its deepest
     p_drop: float = 0.1            # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
     nimg: int = 8_800              # images to train on
     batch: int = 16                # images per step, of all processes together; 0: micro x rounds x processes
@@ -100,7 +106,7 @@ def kappas(config:Config)->Kappa:
     own = {k: v for k in ('kappa1', 'kappa2', 'kappa3', 'kappa4') if (v := getattr(config, k)) is not None}
     return replace(base, **own)
 
-# %% ../nbs/22_settings.ipynb #21404530
+# %% ../nbs/22_settings.ipynb #69ea81e5
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     def must(ok, text):
@@ -111,7 +117,7 @@ def check(config:Config)->Config:
     must(config.nimg >= config.batch, f'nimg {config.nimg} is less than one batch of {config.batch}; give a larger nimg')
     must(0 <= config.p_drop < 1, f'p_drop {config.p_drop} must lie in [0, 1)')
     for k in ('lr', 'lr_fake', 'eps', 'clip', 'alarm'): must((v := getattr(config, k)) is None or math.isfinite(v) and v > 0, f'{k} {v} must be a positive number')
-    for k in ('ema_halflife', 'ema_rampup', 'n_eval', 'eval_every'): must(getattr(config, k) >= 0, f'{k} {getattr(config, k)} must not be negative')
+    for k in ('ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_push', 'gan_learn', 'gan_rests', 'gan_begins'): must(getattr(config, k) >= 0, f'{k} {getattr(config, k)} must not be negative')
     for k in ('log_every', 'sample_every', 'checkpoint_every', 'keep', 'teacher_steps', 'patience', 'rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_together(config)
@@ -120,15 +126,15 @@ def check(config:Config)->Config:
 def check_together(config:Config):
     "Raise `InputError` for settings that exclude each other"
     apart = [('lora', 'pure precision', config.lora != 'none' and config.precision.startswith('pure'), 'take fp16 or bf16: the shared weights are in 16 bits anyway'),
-             ('lora', 'shard', config.lora != 'none' and config.shard, 'leave one away'), ('lora', 'compile', config.lora != 'none' and config.compile, 'leave one away'),
+             ('lora', 'real', config.lora != 'none' and config.real, 'leave one away: the adversary learns in the fake\'s own weights'), ('lora', 'shard', config.lora != 'none' and config.shard, 'leave one away'), ('lora', 'compile', config.lora != 'none' and config.compile, 'leave one away'),
              ('lora of the generator', 'ema-device cpu', config.lora in ('generator', 'both') and config.ema_device == 'cpu', 'leave --ema-device away: the average of a LoRA is small'),
              ('bits 8', 'shard', config.bits == 8 and config.shard, 'leave one away'), ('ema-device cpu', 'shard', config.shard and config.ema_device == 'cpu', 'leave one away'),
              ('eval-every', 'n-eval 0', config.eval_every and config.n_eval == 0, 'say how many pictures, --n-eval 1000')]
     for a, b, both, cure in apart:
         if both: raise InputError(f'{a} and {b} do not go together; {cure}')
     if config.eval_every and config.teacher != 'embedded' and not config.eval_reference: raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
-    for given, what in ((config.eval_reference, 'eval-reference'), (config.inception, 'inception')):
-        if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what == 'eval-reference' else f'--{what} {given} does not exist; leave it away to have it fetched')
+    for given, what in ((config.eval_reference, 'eval-reference'), (config.real, 'real'), (config.inception, 'inception')):
+        if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what != 'inception' else f'--{what} {given} does not exist; leave it away to have it fetched')
     if config.track != 'none' and importlib.util.find_spec(config.track) is None: raise InputError(f'--track {config.track} needs the package; pip install {config.track}')
 def settle(config:Config, world:int=1)->Config:
     "Checked, with batch, micro and rounds worked out for so many processes; raises `InputError`"

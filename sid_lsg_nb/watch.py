@@ -51,17 +51,16 @@ class Log:
             with open(self.file, 'a') as f: f.write(json.dumps(row) + '\n')
         return row
 
-# %% ../nbs/23_watch.ipynb #d6d6bcc8
+# %% ../nbs/23_watch.ipynb #0213c3f0
 class Band:
     "Running mean of a few numbers of the log, to notice when one leaves its range"
     keys = ('fisher', 'norm', 'norm_fake')
-    def __init__(self, factor:float=10., learn:int=10, memory:int=20): self.factor, self.learn, self.memory, self.seen, self.mean = factor, learn, memory, 0, {}
+    def __init__(self, factor:float=10., learn:int=10, memory:int=20): self.factor, self.learn, self.memory, self.seen, self.mean = factor, learn, memory, defaultdict(int), defaultdict(float)
     def out(self, row:dict)->list[str]: # names of the numbers that left
-        "Take in one line; a line that is out teaches nothing"
-        wild = [k for k in self.keys if not math.isfinite(row[k]) or self.seen >= self.learn and row[k] > self.factor*self.mean[k]]
-        if not wild:
-            self.seen += 1; rate = 1/min(self.seen, self.memory)
-            for k in self.keys: self.mean[k] = self.mean.get(k, 0.) + rate*(row[k] - self.mean.get(k, 0.))
+        "Take in one line; a line that is out teaches nothing, nor does a 0 (a generator that rests)"
+        wild = [k for k in self.keys if not math.isfinite(row[k]) or self.seen[k] >= self.learn and row[k] > self.factor*self.mean[k]]
+        for k in self.keys if not wild else ():
+            if row[k] > 0: self.seen[k] += 1; self.mean[k] += (row[k] - self.mean[k])/min(self.seen[k], self.memory)
         return wild
 
 # %% ../nbs/23_watch.ipynb #67177f19
