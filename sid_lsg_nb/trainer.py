@@ -7,7 +7,7 @@ __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'timed', 'opponent', 
            'open_run', 'student_name', 'ways_to_draw', 'Sheets', 'closing_table', 'feature_network', 'score_now',
            'Diverged', 'Watch', 'save', 'follow', 'leave_house', 'go_back', 'train']
 
-# %% ../nbs/24_trainer.ipynb #e7c0603e
+# %% ../nbs/24_trainer.ipynb #3e3183a2
 import json, signal, threading
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +19,7 @@ from diffusers import ModelMixin
 from tqdm.auto import tqdm
 from .core import InputError, atomic_write, rng
 from .conditioning import PromptStream
-from .schedule import DiscreteSchedule, Schedule
+from .schedule import DiscreteSchedule
 from .denoiser import EMBEDDED, Denoiser, Teacher
 from .generator import SIGMA_INIT
 from .optim import EMA
@@ -37,7 +37,7 @@ from .teachers import open_teacher
 from .parallel import Team, allow_tf32, cut_like, make_learner, precision_of, slices, whole
 from .memory import Lent, plain_copy
 from .real import encode_folder, real_batches
-from .settings import PRESETS, Config, differences, kappas, label, plan, recipe_of, resume_folder, run_folder, saved_config, settle
+from .settings import Config, differences, kappas, label, plan, recipe_of, resume_folder, run_folder, saved_config, settle
 from .watch import Band, Log, curves, in_parts, many_step_draw, sheet, student_draw, tracker
 
 # %% ../nbs/24_trainer.ipynb #cb3785d7
