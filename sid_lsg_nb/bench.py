@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bench', 'config_of', 'random_teacher', 'bare', 'floor_calls', 'clock', 'machine', 'measure', 'bench']
 
-# %% ../nbs/25_bench.ipynb #f0cde494
+# %% ../nbs/25_bench.ipynb #ef3fa83c
 import json, platform, shutil, statistics, tempfile, time
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -21,12 +21,13 @@ from .denoiser import EMBEDDED, Denoiser, Teacher
 from .distill import draw, frozen
 from .guidance import Kappa
 from .schedule import DiscreteSchedule
+from .edm import is_edm
 from .parallel import Team
 from .memory import SHAPES, budget, meta_unet, print_budget
 from .settings import Config, shapes_of
 from .trainer import Job, iterate, setup
 
-# %% ../nbs/25_bench.ipynb #cdaf1e19
+# %% ../nbs/25_bench.ipynb #bddc0078
 @dataclass(frozen=True)
 class Bench:
     "Time one iteration against its network calls alone, and count its memory"
@@ -50,7 +51,7 @@ class Bench:
 def config_of(b:Bench)->Config:
     "The training settings that a benchmark times"
     same = {k: v for k, v in asdict(b).items() if k not in ('micro', 'repeat', 'memory', 'out', 'teacher')}
-    return Config(**same, teacher='embedded' if b.teacher.startswith('random-') else b.teacher, prompts=str(EMBEDDED/'prompts.txt'), batch=b.micro, nimg=b.micro, vae_rests='cpu')
+    return Config(**same, teacher='embedded' if b.teacher.startswith('random-') else b.teacher, prompts='' if is_edm(b.teacher) else str(EMBEDDED/'prompts.txt'), batch=b.micro, nimg=b.micro, vae_rests='cpu')
 
 # %% ../nbs/25_bench.ipynb #bd9ecca9
 def random_teacher(name:str, device)->Teacher:
@@ -66,18 +67,18 @@ def random_teacher(name:str, device)->Teacher:
     torch.nn.ModuleList([unet, text]).to(device).eval().requires_grad_(False)
     return Teacher(Denoiser(unet, DiscreteSchedule.from_scheduler(scheduler)), TextEncoder(tokenizer, text), vae.eval().requires_grad_(False), pipe, name, 'cpu')
 
-# %% ../nbs/25_bench.ipynb #1e06fc0f
+# %% ../nbs/25_bench.ipynb #ec12c2d4
 def bare(d:Denoiser):
     "The network of a denoiser and nothing around it"
     def call(x, t, cond):
         low = next(d.net.parameters(), x).dtype
         with torch.autocast(x.device.type, d.autocast, enabled=d.autocast is not None, cache_enabled=False):
-            return d.net(x.to(low), t, **{k: v.to(low) for k, v in cond.items()}, return_dict=False)[0]
+            return d.ask(x.to(low), t, {k: v.to(low) if v.is_floating_point() else v for k, v in cond.items()})
     return call
 def floor_calls(job:Job)->dict: # name: a function that does the calls
     "The network calls of one iteration, alone"
     game, prompts, guided = job.game, PromptStream(job.prompts, 1).take(job.config.batch), job.game.recipe.kappa != Kappa()
-    n = draw((len(prompts), *job.teacher.latent_shape), job.teacher.schedule, game.recipe, job.dice); cond = job.teacher.text(prompts)
+    n = draw((len(prompts), *job.teacher.latent_shape), job.teacher.schedule, game.recipe, job.dice, fake=False); cond = job.teacher.text(prompts)
     twice = (torch.cat([n.z]*2), torch.cat([n.t]*2), cond_cat(cond_expand(game.null, len(prompts)), cond)) if guided else (n.z, n.t, cond)
     G, F, T = (bare(d) for d in (game.generator.net, game.fake.net, game.teacher))
     def free(*ls): [l.optimizer.zero_grad(set_to_none=True) for l in ls]

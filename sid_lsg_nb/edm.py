@@ -244,9 +244,10 @@ class KarrasSchedule(EDMSchedule):
         if law != 'uniform': return law_times(self, law, n, t_min, t_max, generator, device)
         return t_min + (t_max - t_min)*torch.rand(n, generator=generator, device=device)
 
-# %% ../nbs/19_edm.ipynb #f91a7c83
+# %% ../nbs/19_edm.ipynb #72bcce9e
 class EdmDenoiser(Denoiser):
     "y = E[x_0 | x_t, class] from an `EDMPrecond`, which does its own casts"
+    def ask(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: return self.net(x_t, self.schedule.sigma(t).to(x_t.dtype), **cond)
     def forward(self,
         x_t:Tensor, # [B,C,H,W]
         t:Tensor, # [B], a time of the schedule
@@ -255,7 +256,7 @@ class EdmDenoiser(Denoiser):
         "The estimate of x_0"
         x = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
-            return self.net(x, self.schedule.sigma(t).to(x.dtype), **cond)
+            return self.ask(x, t, cond)
     def copy(self)->'EdmDenoiser':
         "An independent copy with gradients on; not for the map of the augment labels, which are never given"
         new = super().copy()

@@ -150,7 +150,7 @@ def label(config:Config)->str:
     k, c = kappas(config), config; loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method)
     return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}' + f', {c.steps} steps'*(c.steps > 1)
 
-# %% ../nbs/22_settings.ipynb #fb310468
+# %% ../nbs/22_settings.ipynb #b09e6191
 SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
 SDXL, PIXART = 'stabilityai/stable-diffusion-xl-base-1.0', 'PixArt-alpha/PixArt-XL-2-512x512'
 SD3, SANA = 'stabilityai/stable-diffusion-3-medium-diffusers', 'Efficient-Large-Model/Sana_600M_512px_diffusers'
@@ -178,6 +178,7 @@ PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLI
     'sd21-long-2':                   (SD21,  'long',  2.0,   9_728,  None, None, {}),
     'sd21-short-0.5':                (SD21,  'short', 0.5,   9_728,  None, None, {}),
     'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(precision='pure-fp16', clip=1.)),   # the official --fp16 1: eps 1e-6 comes with the precision
+    'sd21-768-lsg-1.5':              ('stabilityai/stable-diffusion-2-1', 'lsg', 1.5, 9_728, None, None, dict(checkpointing=True, micro=2)),   # predicts v, 768 pixels
     'sd15-zero-4step':               (SD15,  'zero',  1.0,   8_806,  None, None, dict(steps=4)),   # Zero-CFG of few-step SiD (2505.12674), without its GAN term
     'sd15-anti-4step':               (SD15,  'anti',  1.0,   8_806,  None, None, dict(steps=4)),   # Anti-CFG; its scale is our guess
     'sdxl-sim':                      (SDXL,  'long',  7.5,   1_000,  None, None, SIM_WORDS),   # kappa: a public rerun of SIM on SDXL; the rest is ours
