@@ -106,7 +106,7 @@ def kappas(config:Config)->Kappa:
     own = {k: v for k in ('kappa1', 'kappa2', 'kappa3', 'kappa4') if (v := getattr(config, k)) is not None}
     return replace(base, **own)
 
-# %% ../nbs/22_settings.ipynb #69ea81e5
+# %% ../nbs/22_settings.ipynb #33e305be
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     def must(ok, text):
@@ -135,6 +135,8 @@ def check_together(config:Config):
     if config.eval_every and config.teacher != 'embedded' and not config.eval_reference: raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
     for given, what in ((config.eval_reference, 'eval-reference'), (config.real, 'real'), (config.inception, 'inception')):
         if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what != 'inception' else f'--{what} {given} does not exist; leave it away to have it fetched')
+    for when, what in ((config.gan_rests, 'rests: the generator would rest'), (config.gan_begins, 'begins: it would go unrewarded')):
+        if config.real and when >= config.nimg: raise InputError(f'--gan-{what} for the whole run of {config.nimg:,} images; give a number below {config.nimg:,}, or a larger --nimg')
     if config.track != 'none' and importlib.util.find_spec(config.track) is None: raise InputError(f'--track {config.track} needs the package; pip install {config.track}')
 def settle(config:Config, world:int=1)->Config:
     "Checked, with batch, micro and rounds worked out for so many processes; raises `InputError`"
