@@ -106,7 +106,7 @@ def kappas(config:Config)->Kappa:
     own = {k: v for k in ('kappa1', 'kappa2', 'kappa3', 'kappa4') if (v := getattr(config, k)) is not None}
     return replace(base, **own)
 
-# %% ../nbs/22_settings.ipynb #33e305be
+# %% ../nbs/22_settings.ipynb #175240f4
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     def must(ok, text):
@@ -121,7 +121,7 @@ def check(config:Config)->Config:
     for k in ('log_every', 'sample_every', 'checkpoint_every', 'keep', 'teacher_steps', 'patience', 'rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_together(config)
-    recipe_of(config, config.t_init or 625)
+    recipe_of(config, float(config.t_init or 625))                            # what the times mean is the teacher's matter
     return config
 def check_together(config:Config):
     "Raise `InputError` for settings that exclude each other"
