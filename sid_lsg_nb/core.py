@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Cond', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng', 'noise_for', 'cond_map', 'cond_cat',
-           'cond_slice', 'cond_expand', 'cond_to', 'atomic_write', 'to_uint8', 'image_grid']
+           'cond_slice', 'cond_expand', 'cond_to', 'atomic_write', 'atomic_folder', 'to_uint8', 'image_grid']
 
-# %% ../nbs/00_core.ipynb #07f556f0
-import os
+# %% ../nbs/00_core.ipynb #4580f0d7
+import os, shutil
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import torch
@@ -102,6 +103,18 @@ def atomic_write(
     path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     with open(tmp, 'wb') as f: f.write(data.encode() if isinstance(data, str) else data); f.flush(); os.fsync(f.fileno())
     os.replace(tmp, path)
+
+# %% ../nbs/00_core.ipynb #82d444bb
+@contextmanager
+def atomic_folder(
+    folder, # where it shall be; replaced if it exists
+):
+    "Yields an empty folder beside it, which takes its place if all goes well, and goes away if not"
+    folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
+    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    try: yield tmp
+    except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
+    shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
 
 # %% ../nbs/00_core.ipynb #8454f56a
 def to_uint8(

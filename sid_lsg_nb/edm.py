@@ -9,8 +9,8 @@ __all__ = ['ARCHS', 'SIZES', 'WORDS', 'UNUSED', 'CIFAR10', 'ARGUMENTS', 'scaling
            'EdmTeacher', 'EdmStudent', 'edm_teacher', 'tiny_edm', 'DiffusersBody', 'unet2d_edm', 'edm_net', 'save_edm',
            'fill', 'official_net', 'folder_net', 'is_edm', 'load_edm', 'load_edm_student', 'save_stock']
 
-# %% ../nbs/19_edm.ipynb #8907dca6
-import json, math, os, shutil
+# %% ../nbs/19_edm.ipynb #ec1b78f1
+import json, math
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from .core import Cond, InputError, bcast, noise_for
+from .core import Cond, InputError, atomic_folder, bcast, noise_for
 from .schedule import EDMSchedule, check_times, karras, law_times, table_dtype
 from .denoiser import Denoiser
 from .guidance import Kappa, guided
@@ -415,19 +415,17 @@ def edm_net(config:dict)->EDMPrecond:
     if config.get('model_type') != 'UNet2DModel': return song_unet(config)
     return unet2d_edm(UNet2DModel.from_config(config['unet']), config['noise_scale'], config['sigma_data'])
 
-# %% ../nbs/19_edm.ipynb #6c363de7
+# %% ../nbs/19_edm.ipynb #d2c783f9
 def save_edm(
     net:EDMPrecond, # a teacher's or a generator's network
     folder, # where; replaced if it exists
     sigma_init:float|None=None, # for a one-step generator: it is asked at this level
 )->Path: # the folder
     "Write config.json and model.safetensors, both or neither"
-    folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
-    (tmp/'config.json').write_text(json.dumps(net.config | (dict(sigma_init=sigma_init) if sigma_init else {}), indent=1) + '\n')
-    save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, tmp/'model.safetensors')
-    shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
-    return folder
+    with atomic_folder(folder) as tmp:
+        (tmp/'config.json').write_text(json.dumps(net.config | (dict(sigma_init=sigma_init) if sigma_init else {}), indent=1) + '\n')
+        save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, tmp/'model.safetensors')
+    return Path(folder)
 def fill(net:EDMPrecond, state:dict[str, Tensor])->EDMPrecond: # in float32
     "Give a network (on meta) its weights; raises `InputError` unless names and shapes are exactly its own"
     want = net.state_dict(); shared = want.keys() & state.keys()

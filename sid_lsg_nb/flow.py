@@ -8,8 +8,8 @@ __all__ = ['INSTRUCTION', 'SID_DIT', 'SID_DIT_PURE', 'FlowDenoiser', 'tiny_clip'
            'FlowStudent', 'flow_student', 'load_sd3_student', 'tiny_gemma', 'tiny_dcae', 'tiny_sana', 'SanaText',
            'SanaTeacher', 'load_sana', 'load_sana_student']
 
-# %% ../nbs/19_flow.ipynb #5282ec1e
-import inspect, json, os, shutil
+# %% ../nbs/19_flow.ipynb #68a1f295
+import inspect, json
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -19,12 +19,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
-from .core import Cond, InputError, bcast, cond_map, noise_for
+from .core import Cond, InputError, atomic_folder, bcast, cond_map, noise_for
 from .schedule import FlowSchedule
 from .conditioning import TINY_WORDS, tiny_tokenizer
 from .denoiser import Denoiser, Teacher, find_pipeline, tiny_vae
 from .generator import few_steps, step_times
-from .pipeline import Student, vocab_files
+from .pipeline import Student, student_folder, vocab_files
 
 # %% ../nbs/19_flow.ipynb #d1c9ee5d
 class FlowDenoiser(Denoiser):
@@ -98,7 +98,7 @@ class SD3Text:
         if self._null is None: self._null = self([''])
         return self._null
 
-# %% ../nbs/19_flow.ipynb #27f592b5
+# %% ../nbs/19_flow.ipynb #dfc10a41
 def start_scheduler()->FlowMatchEulerDiscreteScheduler:
     "A stock scheduler whose single step is a generator that starts at t = 1; with `sigmas=step_times(1., K)` its K steps re-noise in between"
     return FlowMatchEulerDiscreteScheduler(shift=1., stochastic_sampling=True)
@@ -120,10 +120,10 @@ class FlowTeacher(Teacher):
     )->Path: # the folder
         "Write the generator as a complete pipeline that stock diffusers opens; raises `InputError` for a t_init that is not 1"
         self.check_start(t_init)
-        folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp'); shutil.rmtree(tmp, ignore_errors=True)
-        type(self.pipe)(**self.pipe.components | dict(transformer=net.net, scheduler=start_scheduler())).save_pretrained(tmp)
-        old_names(tmp); shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
-        return folder
+        with atomic_folder(folder) as tmp:
+            type(self.pipe)(**self.pipe.components | dict(transformer=net.net, scheduler=start_scheduler())).save_pretrained(tmp)
+            old_names(tmp)
+        return Path(folder)
 class SD3Teacher(FlowTeacher):
     "Stable Diffusion 3 or 3.5"
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
@@ -192,7 +192,7 @@ def load_sd3(
     need(path, t5 is None or t5.d_model == net.joint_attention_dim, f'T5 gives {t5 and t5.d_model} numbers per token, the transformer reads {net.joint_attention_dim} (joint_attention_dim)')
     return flow_teacher(SD3Teacher, pipe, SD3Text(pipe), path, device)
 
-# %% ../nbs/19_flow.ipynb #f822b072
+# %% ../nbs/19_flow.ipynb #4292476c
 @dataclass
 class FlowStudent(Student):
     "A saved generator of a flow; call it with prompts"
@@ -212,10 +212,7 @@ class FlowStudent(Student):
         return p.decode(few_steps(p.denoiser, [z.to(p.device) for z in zs], p.text(list(prompts)), step_times(FlowTeacher.t_init, steps)))
 def flow_student(load, path, device='cpu', dtype=torch.float32)->FlowStudent: # load: `load_sd3` or `load_sana`
     "Open what `save` of a flow teacher wrote, or the run folder that holds it; raises `InputError` when there is no generator"
-    folder = Path(path).expanduser()
-    if (folder/'generator').is_dir(): folder = folder/'generator'
-    if not (folder/'model_index.json').is_file(): raise InputError(f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ inside it')
-    parts = load(folder, device, dtype)
+    parts = load(student_folder(path), device, dtype)
     if not parts.pipe.scheduler.config.get('stochastic_sampling'): raise InputError(f'{str(path)!r} is a many-step pipeline, not a generator that was saved here; draw from it as a teacher')
     return FlowStudent(parts.pipe, parts)
 def load_sd3_student(path, device='cpu', dtype=torch.float32)->FlowStudent:

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['one_step_scheduler', 'prefix_text_keys', 'vocab_files', 'save_student', 'few_step_scheduler', 'Student',
-           'load_student']
+           'student_folder', 'load_student']
 
-# %% ../nbs/11_pipeline.ipynb #55f41f4a
-import json, os, shutil
+# %% ../nbs/11_pipeline.ipynb #ed82760b
+import json
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from .core import InputError, noise_for
+from .core import InputError, atomic_folder, noise_for
 from .denoiser import Denoiser, Teacher, pipeline_class
 from .generator import step_times
 
@@ -47,7 +47,7 @@ def vocab_files(
     (Path(folder)/'vocab.json').write_text(json.dumps(bpe['vocab'], ensure_ascii=False), encoding='utf-8')
     (Path(folder)/'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n', encoding='utf-8')
 
-# %% ../nbs/11_pipeline.ipynb #b8bc471a
+# %% ../nbs/11_pipeline.ipynb #36dfd3d2
 def save_student(
     teacher:Teacher, # its text encoder, tokenizer and VAE go along
     net:Denoiser, # the generator, best its EMA
@@ -56,16 +56,13 @@ def save_student(
 )->Path: # the folder
     "Write the generator as a complete pipeline that stock diffusers opens; a teacher of another kind writes its own (its `save`)"
     if own := getattr(teacher, 'save', None): return own(net, folder, t_init)
-    folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')
     pipe = StableDiffusionPipeline(vae=teacher.vae, text_encoder=teacher.pipe.text_encoder, tokenizer=teacher.pipe.tokenizer, unet=net.net,
         scheduler=one_step_scheduler(teacher.pipe.scheduler, t_init), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    shutil.rmtree(tmp, ignore_errors=True)
-    pipe.save_pretrained(tmp)
-    prefix_text_keys(tmp/'text_encoder')
-    if not (tmp/'tokenizer/vocab.json').exists(): vocab_files(tmp/'tokenizer')
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(tmp, folder)
-    return folder
+    with atomic_folder(folder) as tmp:
+        pipe.save_pretrained(tmp)
+        prefix_text_keys(tmp/'text_encoder')
+        if not (tmp/'tokenizer/vocab.json').exists(): vocab_files(tmp/'tokenizer')
+    return Path(folder)
 
 # %% ../nbs/11_pipeline.ipynb #b7cf0766
 def few_step_scheduler(
@@ -76,15 +73,21 @@ def few_step_scheduler(
     betas = scheduler.betas.tolist()[:t_init + 1]
     return LCMScheduler(trained_betas=betas, num_train_timesteps=len(betas), original_inference_steps=1, clip_sample=False, prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
 
-# %% ../nbs/11_pipeline.ipynb #eefc7ece
+# %% ../nbs/11_pipeline.ipynb #65c6375a
 @dataclass
 class Student:
     "A saved one-step generator; call it with prompts"
     pipe:StableDiffusionPipeline
+    words = {} # of the stock call, besides those that make it one step without guidance
+    @property
+    def net(self): return self.pipe.unet
     @property
     def latent_shape(self)->tuple[int, int, int]:
-        c = self.pipe.unet.config
+        c = self.net.config
         return (c.in_channels, c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else (c.in_channels, *c.sample_size)
+    def beside(self, scheduler):
+        "The same parts with another scheduler (`from_pipe` would cast them)"
+        return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler), requires_safety_checker=False)
     @torch.no_grad()
     def __call__(self,
         prompts:list[str],
@@ -92,26 +95,29 @@ class Student:
         steps:int=1,
     )->Tensor: # [B,3,H,W] in [-1,1]
         "One picture per prompt"
-        seeds = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]
-        z = noise_for(seeds, self.latent_shape).to(self.pipe.device, self.pipe.unet.dtype); how = dict(latents=z, num_inference_steps=1)
+        seeds, pipe = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)], self.pipe
+        z = noise_for(seeds, self.latent_shape).to(pipe.device, self.net.dtype); how = dict(latents=z, num_inference_steps=1)
         if steps > 1:
-            few = few_step_scheduler(self.pipe.scheduler, t_init := len(self.pipe.scheduler.betas) - 1)
+            few = few_step_scheduler(pipe.scheduler, t_init := len(pipe.scheduler.betas) - 1); pipe = self.beside(few)
             how = dict(latents=z*(1 - few.alphas_cumprod[t_init])**.5, timesteps=step_times(t_init, steps), generator=[torch.Generator().manual_seed(s + 1_000_003) for s in seeds])
-        pipe = type(self.pipe)(**self.pipe.components | dict(scheduler=few), requires_safety_checker=False) if steps > 1 else self.pipe       # from_pipe would cast the parts
         pipe.set_progress_bar_config(disable=True)
-        return pipe(list(prompts), guidance_scale=0, output_type='pt', **how).images.float()*2 - 1
+        return pipe(list(prompts), guidance_scale=0, output_type='pt', **self.words, **how).images.float()*2 - 1
 
-# %% ../nbs/11_pipeline.ipynb #2d7d9d43
+# %% ../nbs/11_pipeline.ipynb #f88cb1ed
+def student_folder(
+    path, # a saved generator, or the run folder that holds one
+)->Path:
+    "Where the generator is; raises `InputError` if there is none"
+    folder = Path(path).expanduser(); folder = folder/'generator' if (folder/'generator').is_dir() else folder
+    if not (folder/'model_index.json').is_file(): raise InputError(f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ inside it')
+    return folder
 def load_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
     dtype=torch.float32,
 )->Student:
     "Open what `save_student` wrote; raises `InputError` when there is no pipeline"
-    folder = Path(path).expanduser()
-    if (folder/'generator').is_dir(): folder = folder/'generator'
-    if not (folder/'model_index.json').is_file():
-        raise InputError(f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ inside it')
+    folder = student_folder(path)
     if (kind := pipeline_class(str(folder), str(path))) != 'StableDiffusionPipeline': raise InputError(f'{str(path)!r} is a {kind}; this works for Stable Diffusion 1.x and 2.x only')
     pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
     pipe.set_progress_bar_config(disable=True)

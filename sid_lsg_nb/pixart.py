@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'PIXART_512', 'tiny_t5', 'tiny_pixart', 'PixArtText', 'PixArtDenoiser', 'one_step_lms', 'PixArtTeacher',
            'read_pixart', 'check_pixart', 'micro_of', 'load_pixart', 'PixArtStudent', 'load_pixart_student']
 
-# %% ../nbs/19_pixart.ipynb #d93ce2a2
-import copy, os, shutil
+# %% ../nbs/19_pixart.ipynb #022a4aa9
+import copy, shutil
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -15,12 +15,11 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LMSDiscret
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
-from .core import Cond, InputError, cond_expand, noise_for
+from .core import Cond, InputError, atomic_folder, cond_expand
 from .schedule import DiscreteSchedule
 from .conditioning import TINY_WORDS
 from .denoiser import Denoiser, Teacher, find_pipeline, tiny_vae
-from .generator import step_times
-from .pipeline import Student, few_step_scheduler
+from .pipeline import Student, student_folder
 
 # %% ../nbs/19_pixart.ipynb #afd3c547
 KINDS = dict(PixArtAlphaPipeline=(PixArtAlphaPipeline, 120), PixArtSigmaPipeline=(PixArtSigmaPipeline, 300))   # class, and tokens per prompt
@@ -89,7 +88,7 @@ def one_step_lms(
     return LMSDiscreteScheduler(trained_betas=betas, num_train_timesteps=len(betas), timestep_spacing='trailing',
                                 prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
 
-# %% ../nbs/19_pixart.ipynb #e6549e54
+# %% ../nbs/19_pixart.ipynb #352b6e82
 @dataclass
 class PixArtTeacher(Teacher):
     "A PixArt pipeline, seen as its parts"
@@ -99,13 +98,13 @@ class PixArtTeacher(Teacher):
         t_init:int=440,
     )->Path: # the folder
         "Write the generator as a complete pipeline that stock diffusers opens: whole, or not at all"
-        folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp'); low = next(net.parameters()).dtype
+        low = next(net.parameters()).dtype
         text, vae = (m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.text.model, self.vae))
         pipe = type(self.pipe)(self.pipe.tokenizer, text, vae, net.net, one_step_lms(self.pipe.scheduler, t_init))
-        shutil.rmtree(tmp, ignore_errors=True); pipe.save_pretrained(tmp)
-        if (pieces := Path(getattr(pipe.tokenizer, 'vocab_file', None) or '')).is_file(): shutil.copy(pieces, tmp/'tokenizer')
-        shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
-        return folder
+        with atomic_folder(folder) as tmp:
+            pipe.save_pretrained(tmp)
+            if (pieces := Path(getattr(pipe.tokenizer, 'vocab_file', None) or '')).is_file(): shutil.copy(pieces, tmp/'tokenizer')
+        return Path(folder)
 
 # %% ../nbs/19_pixart.ipynb #0e045d6c
 def read_pixart(
@@ -160,36 +159,21 @@ def load_pixart(
     text = PixArtText(pipe.tokenizer, pipe.text_encoder, KINDS[type(pipe).__name__][1], {k: v.to(device) for k, v in micro_of(pipe).items()})
     return PixArtTeacher(PixArtDenoiser(pipe.transformer, schedule), text, pipe.vae, pipe, str(path))
 
-# %% ../nbs/19_pixart.ipynb #8dbb081f
+# %% ../nbs/19_pixart.ipynb #34d4a8cb
 @dataclass
 class PixArtStudent(Student):
     "A saved one-step PixArt; call it with prompts"
+    words = dict(clean_caption=False, use_resolution_binning=False)
     @property
-    def latent_shape(self)->tuple[int, int, int]:
-        c = self.pipe.transformer.config
-        return (c.in_channels, c.sample_size, c.sample_size)
-    @torch.no_grad()
-    def __call__(self,
-        prompts:list[str],
-        seeds=None, # one integer per prompt; None: 0, 1, 2, ...
-        steps:int=1,
-    )->Tensor: # [B,3,H,W] in [-1,1]
-        "One picture per prompt"
-        seeds = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]; pipe = self.pipe
-        z = noise_for(seeds, self.latent_shape).to(pipe.device, pipe.transformer.dtype); how = dict(latents=z, num_inference_steps=1)
-        if steps > 1:
-            few = few_step_scheduler(pipe.scheduler, t_init := len(pipe.scheduler.betas) - 1); pipe = type(pipe)(**(pipe.components | dict(scheduler=few)))
-            how = dict(latents=z*(1 - few.alphas_cumprod[t_init])**.5, timesteps=step_times(t_init, steps), generator=[torch.Generator().manual_seed(s + 1_000_003) for s in seeds])
-        pipe.set_progress_bar_config(disable=True)
-        return pipe(list(prompts), guidance_scale=0, output_type='pt', clean_caption=False, use_resolution_binning=False, **how).images.float()*2 - 1
+    def net(self): return self.pipe.transformer
+    def beside(self, scheduler): return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler))
 def load_pixart_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
     dtype=torch.float32,
 )->PixArtStudent:
     "Open what `PixArtTeacher` saved; raises `InputError` when it is none"
-    folder = Path(path).expanduser(); folder = folder/'generator' if (folder/'generator').is_dir() else folder
-    if not (folder/'model_index.json').is_file(): raise InputError(f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ inside it')
+    folder = student_folder(path)
     pipe = read_pixart(str(folder), str(path), dtype, dtype).to(device)
     if pipe.scheduler.config.get('trained_betas') is None: raise InputError(f'{str(path)!r} is a many-step model, not a one-step student; open it with load_pixart')
     pipe.set_progress_bar_config(disable=True)

@@ -6,8 +6,8 @@
 __all__ = ['SDXL_BASE', 'tiny_xl_unet', 'tiny_pooled_text', 'tiny_sdxl', 'SDXLText', 'SDXLDenoiser', 'SDXLTeacher', 'read_sdxl',
            'check_sdxl', 'load_sdxl', 'SDXLStudent', 'load_sdxl_student']
 
-# %% ../nbs/19_sdxl.ipynb #9fcaf9e6
-import copy, os, shutil, tempfile
+# %% ../nbs/19_sdxl.ipynb #dbeda6a2
+import copy, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -15,12 +15,11 @@ from diffusers import AutoencoderKL, DiffusionPipeline, EulerDiscreteScheduler, 
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-from .core import Cond, InputError, noise_for
+from .core import Cond, InputError, atomic_folder
 from .schedule import DiscreteSchedule
 from .conditioning import tiny_text, tiny_tokenizer
 from .denoiser import Denoiser, Teacher, find_pipeline, tiny_vae
-from .generator import step_times
-from .pipeline import Student, few_step_scheduler, one_step_scheduler, prefix_text_keys, vocab_files
+from .pipeline import Student, one_step_scheduler, prefix_text_keys, student_folder, vocab_files
 
 # %% ../nbs/19_sdxl.ipynb #2cbf8dd9
 def tiny_xl_unet(**config)->UNet2DConditionModel: # arguments replace entries of its config
@@ -91,7 +90,7 @@ class SDXLDenoiser(Denoiser):
         beside = {k: cond[k] for k in ('text_embeds', 'time_ids')}
         return self.net(x_t, t, cond['encoder_hidden_states'], added_cond_kwargs=beside, return_dict=False)[0]
 
-# %% ../nbs/19_sdxl.ipynb #5e34c572
+# %% ../nbs/19_sdxl.ipynb #89293fb9
 @dataclass
 class SDXLTeacher(Teacher):
     "An SDXL pipeline, seen as its parts"
@@ -101,15 +100,15 @@ class SDXLTeacher(Teacher):
         t_init:int=625,
     )->Path: # the folder
         "Write the generator as a complete pipeline that stock diffusers opens: whole, or not at all"
-        folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp'); low, p = next(net.parameters()).dtype, self.pipe
+        low, p = next(net.parameters()).dtype, self.pipe
         vae, first, second = (m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.vae, *self.text.models))
         pipe = StableDiffusionXLPipeline(vae, first, second, *self.text.tokenizers, net.net, one_step_scheduler(p.scheduler, t_init),
                                          force_zeros_for_empty_prompt=p.config.force_zeros_for_empty_prompt, add_watermarker=False)
-        shutil.rmtree(tmp, ignore_errors=True); pipe.save_pretrained(tmp); prefix_text_keys(tmp/'text_encoder')
-        for words in ('tokenizer', 'tokenizer_2'):
-            if not (tmp/words/'vocab.json').exists(): vocab_files(tmp/words)
-        shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
-        return folder
+        with atomic_folder(folder) as tmp:
+            pipe.save_pretrained(tmp); prefix_text_keys(tmp/'text_encoder')
+            for words in ('tokenizer', 'tokenizer_2'):
+                if not (tmp/words/'vocab.json').exists(): vocab_files(tmp/words)
+        return Path(folder)
 
 # %% ../nbs/19_sdxl.ipynb #bff4fe9c
 def read_sdxl(
@@ -163,33 +162,20 @@ def load_sdxl(
     teacher.text = SDXLText((pipe.tokenizer, pipe.tokenizer_2), models, (h, w, 0, 0, h, w), pipe.config.force_zeros_for_empty_prompt)
     return teacher
 
-# %% ../nbs/19_sdxl.ipynb #dd60fd08
+# %% ../nbs/19_sdxl.ipynb #3d9d723a
 @dataclass
 class SDXLStudent(Student):
     "A saved one-step SDXL; call it with prompts"
-    @torch.no_grad()
-    def __call__(self,
-        prompts:list[str],
-        seeds=None, # one integer per prompt; None: 0, 1, 2, ...
-        steps:int=1,
-    )->Tensor: # [B,3,H,W] in [-1,1]
-        "One picture per prompt"
-        seeds = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]; pipe = self.pipe
-        z = noise_for(seeds, self.latent_shape).to(pipe.device, pipe.unet.dtype); how = dict(latents=z, num_inference_steps=1)
-        if steps > 1:
-            few = few_step_scheduler(pipe.scheduler, t_init := len(pipe.scheduler.betas) - 1); same = pipe.config.force_zeros_for_empty_prompt
-            pipe = StableDiffusionXLPipeline(**(pipe.components | dict(scheduler=few)), force_zeros_for_empty_prompt=same, add_watermarker=False)
-            how = dict(latents=z*(1 - few.alphas_cumprod[t_init])**.5, timesteps=step_times(t_init, steps), generator=[torch.Generator().manual_seed(s + 1_000_003) for s in seeds])
-        pipe.set_progress_bar_config(disable=True)
-        return pipe(list(prompts), guidance_scale=0, output_type='pt', **how).images.float()*2 - 1
+    def beside(self, scheduler):
+        "The same parts with another scheduler; what the index says of empty prompts goes along"
+        return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler), force_zeros_for_empty_prompt=self.pipe.config.force_zeros_for_empty_prompt, add_watermarker=False)
 def load_sdxl_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
     dtype=torch.float32,
 )->SDXLStudent:
     "Open what `SDXLTeacher` saved; raises `InputError` when it is none"
-    folder = Path(path).expanduser(); folder = folder/'generator' if (folder/'generator').is_dir() else folder
-    if not (folder/'model_index.json').is_file(): raise InputError(f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ inside it')
+    folder = student_folder(path)
     pipe = read_sdxl(str(folder), str(path), dtype).to(device, dtype)
     if pipe.scheduler.config.get('trained_betas') is None: raise InputError(f'{str(path)!r} is a many-step model, not a one-step student; open it with load_sdxl')
     pipe.set_progress_bar_config(disable=True)
