@@ -73,12 +73,13 @@ def few_step_scheduler(
     betas = scheduler.betas.tolist()[:t_init + 1]
     return LCMScheduler(trained_betas=betas, num_train_timesteps=len(betas), original_inference_steps=1, clip_sample=False, prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
 
-# %% ../nbs/11_pipeline.ipynb #65c6375a
+# %% ../nbs/11_pipeline.ipynb #aa200a51
 @dataclass
 class Student:
     "A saved one-step generator; call it with prompts"
     pipe:StableDiffusionPipeline
     words = {} # of the stock call, besides those that make it one step without guidance
+    options = dict(requires_safety_checker=False) # of the pipeline's class, besides its parts
     @property
     def net(self): return self.pipe.unet
     @property
@@ -87,7 +88,7 @@ class Student:
         return (c.in_channels, c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else (c.in_channels, *c.sample_size)
     def beside(self, scheduler):
         "The same parts with another scheduler (`from_pipe` would cast them)"
-        return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler), requires_safety_checker=False)
+        return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler), **self.options)
     @torch.no_grad()
     def __call__(self,
         prompts:list[str],

@@ -159,14 +159,13 @@ def load_pixart(
     text = PixArtText(pipe.tokenizer, pipe.text_encoder, KINDS[type(pipe).__name__][1], {k: v.to(device) for k, v in micro_of(pipe).items()})
     return PixArtTeacher(PixArtDenoiser(pipe.transformer, schedule), text, pipe.vae, pipe, str(path))
 
-# %% ../nbs/19_pixart.ipynb #34d4a8cb
+# %% ../nbs/19_pixart.ipynb #7a85f9a3
 @dataclass
 class PixArtStudent(Student):
     "A saved one-step PixArt; call it with prompts"
-    words = dict(clean_caption=False, use_resolution_binning=False)
+    words, options = dict(clean_caption=False, use_resolution_binning=False), {}
     @property
     def net(self): return self.pipe.transformer
-    def beside(self, scheduler): return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler))
 def load_pixart_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',

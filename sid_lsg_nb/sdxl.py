@@ -162,13 +162,11 @@ def load_sdxl(
     teacher.text = SDXLText((pipe.tokenizer, pipe.tokenizer_2), models, (h, w, 0, 0, h, w), pipe.config.force_zeros_for_empty_prompt)
     return teacher
 
-# %% ../nbs/19_sdxl.ipynb #3d9d723a
+# %% ../nbs/19_sdxl.ipynb #8789bd19
 @dataclass
 class SDXLStudent(Student):
     "A saved one-step SDXL; call it with prompts"
-    def beside(self, scheduler):
-        "The same parts with another scheduler; what the index says of empty prompts goes along"
-        return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler), force_zeros_for_empty_prompt=self.pipe.config.force_zeros_for_empty_prompt, add_watermarker=False)
+    options = dict(add_watermarker=False)
 def load_sdxl_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
