@@ -12,7 +12,7 @@ __all__ = ['NAMES', 'ROWS', 'RECORD', 'MARKS', 'FIELD', 'NUMBER', 'FILE', 'READE
            'open_prompts', 'listed', 'hash_of', 'hashes_of', 'count_known']
 
 # %% ../nbs/14_prompts.ipynb #402cd3c1
-import csv, gzip, hashlib, io, json, os, re, tarfile, textwrap, zlib
+import csv, gzip, hashlib, json, os, re, tarfile, textwrap, zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
