@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'tiny_unet', 'tiny_vae', 'tiny_pipeline', 'Denoiser', 'Teacher', 'find_pipeline', 'pipeline_class',
-           'check_class', 'check_parts', 'open_pipeline', 'load_teacher']
+           'check_class', 'check_parts', 'sd_teacher', 'load_teacher']
 
 # %% ../nbs/05_denoiser.ipynb #01034ac1
 import copy
@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
+
 from .core import Cond, InputError, cond_map
 from .schedule import DiscreteSchedule, Schedule
 from .conditioning import TextEncoder, tiny_text, tiny_tokenizer
+from .parts import SD_LAYOUT, open_parts
 
 # %% ../nbs/05_denoiser.ipynb #7604a2c5
 def tiny_unet(
@@ -146,7 +147,7 @@ def find_pipeline(
     folder = Path(path).expanduser()
     if (folder/'model_index.json').is_file(): return str(folder)
     if folder.is_dir(): raise InputError(f'teacher {path!r} is a folder but no diffusers pipeline (no model_index.json); give the folder that holds unet/, vae/ and text_encoder/')
-    if folder.is_file(): raise InputError(f'teacher {path!r} is a file; convert it with StableDiffusionPipeline.from_single_file(...).save_pretrained(DIR) and give DIR')
+    if folder.is_file(): raise InputError(f'teacher {path!r} is a file, and a pipeline folder is needed here; give one, or make one with StableDiffusionPipeline.from_single_file(...).save_pretrained(DIR)')
     if path.count('/') != 1 or path.startswith(('.', '/', '~')):
         raise InputError(f'teacher {path!r} does not exist; give "embedded", a diffusers pipeline folder or a hub id such as owner/name')
     return path
@@ -157,8 +158,10 @@ def pipeline_class(
     path:str, # what the user wrote, for the message
 )->str: # such as StableDiffusionPipeline
     "What the pipeline's index says it is; raises `InputError` if there is no index to read"
-    try: return StableDiffusionPipeline.load_config(where)['_class_name']
-    except (OSError, KeyError) as e:
+    try:
+        named = StableDiffusionPipeline.load_config(where)['_class_name']
+        return named if isinstance(named, str) else str(named[-1])         # with code of its own it is a list
+    except (OSError, KeyError, ValueError, TypeError, IndexError) as e:
         if Path(where).is_dir(): raise InputError(f'teacher {path!r} has a model_index.json that cannot be read; save the pipeline again with save_pretrained') from e
         raise InputError(f'teacher {path!r} is no folder here and could not be fetched from the hub; check the spelling, '
                          f'or download it where there is a network (hf download {path}) and give the folder') from e
@@ -169,7 +172,7 @@ def check_class(where:str, path:str): # as in `pipeline_class`
 
 # %% ../nbs/05_denoiser.ipynb #38bdce94
 def check_parts(
-    pipe:StableDiffusionPipeline, # just loaded
+    pipe:StableDiffusionPipeline, # just opened, its networks perhaps without weights
     path:str, # for the message
 ):
     "Raise `InputError` when tokenizer, text encoder, UNet and VAE do not fit together"
@@ -180,31 +183,36 @@ def check_parts(
          f'the text encoder gives {text.hidden_size} numbers per token, the UNet reads {unet.cross_attention_dim} (cross_attention_dim)')
     need(vae.latent_channels == unet.in_channels,
          f'the VAE has {vae.latent_channels} latent channels, the UNet takes {unet.in_channels} (an inpainting model takes more)')
+    need(unet.out_channels == unet.in_channels,
+         f'the UNet takes {unet.in_channels} channels and answers {unet.out_channels}, of which stock schedulers can use {unet.in_channels}')
     need(length <= text.max_position_embeddings,
          f'the tokenizer makes up to {length:.5g} tokens, the text encoder reads {text.max_position_embeddings} (are the tokenizer files missing?)')
+    need(len(pipe.tokenizer) <= text.vocab_size, f'the tokenizer has {len(pipe.tokenizer)} tokens, the text encoder knows {text.vocab_size}')
 
 # %% ../nbs/05_denoiser.ipynb #a80e730c
-def open_pipeline(
-    where:str, # from `find_pipeline`
-    path:str, # for the message
-)->StableDiffusionPipeline:
-    "Load with diffusers; raises `InputError` for missing, broken or mismatched files"
-    try: return StableDiffusionPipeline.from_pretrained(where, safety_checker=None, requires_safety_checker=False)
-    except (OSError, ValueError, SafetensorError) as e:
-        raise InputError(f'teacher {path!r} could not be opened, a part is missing or broken ({str(e).splitlines()[0][:150]}); save or download it again') from e
-
-# %% ../nbs/05_denoiser.ipynb #5d92cdf1
-def load_teacher(
-    path='embedded', # "embedded", a diffusers Stable Diffusion folder, or a hub id
-    device='cpu', # where it lives
+def sd_teacher(
+    pipe:StableDiffusionPipeline, # its networks with weights, or on the meta device
+    path, # what the user wrote, for the messages
+    device='cpu', # where it shall live
     dtype:torch.dtype=torch.float32, # of all weights
-)->Teacher:
-    "Open a Stable-Diffusion-type pipeline as a frozen teacher; raises `InputError` for anything that is none"
-    where = find_pipeline(path)
-    check_class(where, path)
-    pipe = open_pipeline(where, path)
-    check_parts(pipe, path)
+)->Teacher: # frozen
+    "An open pipeline, seen as a teacher; raises `InputError` for parts that do not fit together"
+    check_parts(pipe, str(path))
     schedule = DiscreteSchedule.from_scheduler(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     nn.ModuleList([pipe.unet, pipe.vae, pipe.text_encoder]).to(device, dtype).eval().requires_grad_(False)
     return Teacher(Denoiser(pipe.unet, schedule), TextEncoder(pipe.tokenizer, pipe.text_encoder), pipe.vae, pipe, str(path))
+
+# %% ../nbs/05_denoiser.ipynb #5d92cdf1
+def load_teacher(
+    path='embedded', # "embedded", a diffusers Stable Diffusion folder, a hub id, or a `Teacher` that is open already
+    device='cpu', # where it lives; "meta": without weights, to see whether it can be opened
+    dtype:torch.dtype=torch.float32, # of all weights
+    prediction_type:str='', # epsilon, v_prediction or sample, where the scheduler's config is wrong about it
+)->Teacher:
+    "Open a Stable-Diffusion-type pipeline as a frozen teacher; raises `InputError` for anything that is none"
+    if isinstance(path, Teacher): return path
+    where = find_pipeline(path)
+    check_class(where, path)
+    pipe = open_parts(where, path, SD_LAYOUT, dtype, prediction_type, str(device) != 'meta')
+    return sd_teacher(pipe, path, device, dtype)

@@ -15,6 +15,7 @@ from diffusers import EulerDiscreteScheduler, LCMScheduler, StableDiffusionPipel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from .core import InputError, atomic_folder, noise_for
+from .parts import SD_LAYOUT, open_parts
 from .denoiser import Denoiser, Teacher, pipeline_class
 from .generator import step_times
 
@@ -120,6 +121,6 @@ def load_student(
     "Open what `save_student` wrote; raises `InputError` when there is no pipeline"
     folder = student_folder(path)
     if (kind := pipeline_class(str(folder), str(path))) != 'StableDiffusionPipeline': raise InputError(f'{str(path)!r} is a {kind}; this works for Stable Diffusion 1.x and 2.x only')
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None, requires_safety_checker=False).to(device)
+    pipe = open_parts(str(folder), path, SD_LAYOUT, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Student(pipe)
