@@ -41,5 +41,5 @@ def fisher(
     y_real:Tensor, # teacher's estimate, [B,...]
     y_fake:Tensor, # fake's estimate, [B,...]
 )->Tensor: # [B]
-    "||y_real - y_fake||^2, the x0-space Fisher integrand: the number to watch while training"
+    "||y_real - y_fake||^2: how far teacher and fake disagree; the x0-space Fisher integrand if the fake is exact"
     return sample_sum((y_real - y_fake)**2)
