@@ -53,7 +53,7 @@ def test_a_folder_replaced(tmp_path, monkeypatch, exchange):
         versions = {(home/name).read_text() for name in 'ab'}
         assert len(versions) == 1 and versions <= {'old', 'new'}, line
         pair(home, 'old'); assert [p.name for p in tmp_path.iterdir()] == ['student'], 'debris of the killed'
-    assert at_every_line(lambda: pair(home, 'new'), check, every=3) > 30
+    assert at_every_line(lambda: pair(home, 'new'), check, every=1 + exchange) > 30
     assert (gone == 0) == (exchange and sys.platform == 'linux'), gone
 
 def test_a_checkpoint_of_the_same_name(tmp_path):
