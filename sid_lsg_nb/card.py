@@ -172,7 +172,8 @@ def beginning(folder)->tuple[str, float|None, float|None]: # class of the pipeli
     if not (kind := read('model_index.json').get('_class_name')): raise InputError(f'{str(folder)!r} holds no generator (no model_index.json); give a run folder whose run has ended')
     betas = read('scheduler/scheduler_config.json').get('trained_betas')                   # a table that ends at t_init
     if not betas: return kind, None, None
-    kept = math.prod(1 - b for b in betas); return kind, len(betas) - 1, math.sqrt((1 - kept)/kept)
+    kept = math.prod(1 - b for b in betas)
+    return kind, len(betas) - 1, math.sqrt((1 - kept)/kept) if kept > 0 else math.inf
 def whole_lines(log:str)->list[dict]:
     "The lines of log.jsonl; one that a full disk or a crash has torn is left out"
     rows = []

@@ -110,15 +110,17 @@ class Teacher:
         c = self.denoiser.net.config; s = c.sample_size
         return (c.in_channels, *((s, s) if isinstance(s, int) else s))
     def solver(self):
-        "The diffusers scheduler of its own many-step sampling: a fresh DPM-Solver++"
-        return DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config)
+        "The diffusers scheduler of its own many-step sampling: a fresh DPM-Solver++, which leaves out a last row that cannot be asked"
+        whole = self.schedule.asked_until == len(self.schedule)
+        return DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config, **({} if whole else dict(timestep_spacing='leading', steps_offset=0)))
     def moment(self, k:Tensor)->Tensor:
         "The schedule's time of one of the solver's timesteps"
         return k
     def check(self, kappa): # the `Kappa` of a run
         "Raise `InputError` for guidance that the network cannot give; this kind can give any"
     def check_start(self, t_init): # the generator's time
-        "Raise `InputError` for a generator that could not be saved; this kind starts anywhere"
+        "Raise `InputError` for a generator that could not be saved or asked; this kind starts wherever the network says something about x_0"
+        self.schedule.check_asked(t_init)
     @torch.no_grad()
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
         "Latents to pictures"

@@ -117,7 +117,7 @@ LEVEL_WEIGHTS = { # of alpha_t and sigma_t, both [B]
     '1/sigma^2':   lambda a, s: 1/s**2,
     '1-t':         lambda a, s: a/(a + s),
     '1-t-squared': lambda a, s: (a/(a + s))**2,
-    'edm':         lambda a, s: ((s/a)**2 + .5**2)/(.5*s/a)**2,
+    'edm':         lambda a, s: 1/.5**2 + (a/s)**2, # (sigma^2 + .5^2)/(.5 sigma)^2, sigma = s/a
     'velocity':    lambda a, s: ((a + s)/s)**2}
 def level_weight(
     name:str, # `none`, or of `LEVEL_WEIGHTS`

@@ -21,7 +21,7 @@ from .schedule import DiscreteSchedule
 from .conditioning import TINY_WORDS
 from .parts import PLAIN_LATENTS, T5_WORDS, Layout, open_parts
 from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class, tiny_vae
-from .pipeline import Student, student_folder
+from .pipeline import Student, student_folder, table_until
 
 # %% ../nbs/19_pixart.ipynb #afd3c547
 KINDS = dict(PixArtAlphaPipeline=(PixArtAlphaPipeline, 120), PixArtSigmaPipeline=(PixArtSigmaPipeline, 300))   # class, and tokens per prompt
@@ -86,7 +86,7 @@ def one_step_lms(
     t_init:int=440, # the generator's time
 )->LMSDiscreteScheduler:
     "A stock scheduler whose single step is our generator, in any precision: starts at t_init, ends at x_0"
-    betas = scheduler.betas.tolist()[:t_init + 1]   # a list: a tensor cannot be saved to JSON
+    betas = table_until(scheduler, t_init)
     return LMSDiscreteScheduler(trained_betas=betas, num_train_timesteps=len(betas), timestep_spacing='trailing',
                                 prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
 
