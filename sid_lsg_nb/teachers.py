@@ -39,16 +39,15 @@ class Family:
     "A kind of teacher"
     teacher:Callable # (path, device, dtype, prediction_type) -> a teacher, frozen
     student:Callable # (path, device, dtype) -> a callable (prompts, seeds, steps) -> pictures
-    preset:str # row of the preset table to start from, if none is named
 EDM_FAMILY = Family(fixed_prediction(lambda path, device, dtype: typed(load_edm(path, device), dtype)),
-                    lambda path, device, dtype: EdmStudent(typed(load_edm_student(path, device).teacher, dtype)), 'cifar10-sid')
+                    lambda path, device, dtype: EdmStudent(typed(load_edm_student(path, device).teacher, dtype)))
 FAMILIES = {
-    'StableDiffusionPipeline': Family(load_teacher, load_student, 'sd15-lsg-1.5'),
-    'StableDiffusionXLPipeline': Family(load_sdxl, load_sdxl_student, 'sdxl-sim'),
-    'PixArtAlphaPipeline': Family(light_t5, load_pixart_student, 'pixart-sim'),
-    'PixArtSigmaPipeline': Family(light_t5, load_pixart_student, 'pixart-sim'),
-    'StableDiffusion3Pipeline': Family(fixed_prediction(load_sd3), load_sd3_student, 'sd3-sid-dit'),
-    'SanaPipeline': Family(fixed_prediction(load_sana), load_sana_student, 'sana-sid-dit'),
+    'StableDiffusionPipeline': Family(load_teacher, load_student),
+    'StableDiffusionXLPipeline': Family(load_sdxl, load_sdxl_student),
+    'PixArtAlphaPipeline': Family(light_t5, load_pixart_student),
+    'PixArtSigmaPipeline': Family(light_t5, load_pixart_student),
+    'StableDiffusion3Pipeline': Family(fixed_prediction(load_sd3), load_sd3_student),
+    'SanaPipeline': Family(fixed_prediction(load_sana), load_sana_student),
     'EDM': EDM_FAMILY,
 }
 def family_of(path)->str: # a key of `FAMILIES`

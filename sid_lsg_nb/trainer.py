@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
-from .core import InputError, atomic_write, rng
+from .core import InputError, RunError, atomic_write, rng
 from .conditioning import PromptStream
 from .schedule import DiscreteSchedule
 from .denoiser import EMBEDDED, Denoiser, Teacher
@@ -220,7 +220,7 @@ def score_now(job:Job)->dict:
     return {k: round(v, 5) for k, v in score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard).values.items()}
 
 # %% ../nbs/24_trainer.ipynb #f7b05968
-class Diverged(RuntimeError): "The run went wrong for too long; the last good state is on disk"
+class Diverged(RunError): "The run went wrong for too long; the last good state is on disk"
 class Watch:
     "The alarm of a run: puts it on the line, draws what the judges see, and counts"
     def __init__(self, job:Job, rows:list[dict], sheets):
