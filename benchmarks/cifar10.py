@@ -50,6 +50,7 @@ class Size:
 
 SIZES = {
     'tiny': Size(dict(model_channels=16, channel_mult=[1, 2], num_blocks=1, dropout=0.), .05, 800, .026, 'tiny teacher, far from trained: only the pipes were tested, the number says nothing of quality'),
+    'day': Size(dict(model_channels=24, channel_mult=[1, 2], num_blocks=3, dropout=0.), 20., 100_000, 5., 'a teacher small enough that its whole state comes back from a lent machine'),
     'small': Size(dict(model_channels=64, num_blocks=3, dropout=.05), 10., 250_000, 3., 'our small teacher'),
     'full': Size({}, 200., 10_000_000, 500., "our teacher of EDM's size"),
 }
@@ -65,7 +66,7 @@ NAMES = dict(teacher='teacher, Heun, 35 calls', sid='SiD, one step', sim='SIM, o
 @dataclass(frozen=True)
 class Options:
     command: Annotated[Literal['data', 'teacher', 'distil', 'score', 'all', 'table'], tyro.conf.Positional]
-    size: Literal['tiny', 'small', 'full'] = 'small' # of the network: about 0.2, 11 or 56 million weights
+    size: Literal['tiny', 'day', 'small', 'full'] = 'small' # of the network: about 0.2, 1, 11 or 56 million weights
     classes: Literal[0, 10] = 0     # 10: class-conditional
     method: Literal['sid', 'sim', 'both'] = 'both'   # of distil and score
     iters: int = 0                  # stop each training after so many iterations; 0: when the size's number of pictures was seen

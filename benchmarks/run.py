@@ -15,13 +15,23 @@ SD = '--teacher random-sd15 --device cuda'
 ROWS = {  # name: options of `sid-lsg bench`
     'cpu-4': '--micro 4', 'cpu-16': '--micro 16', 'cpu-16-kappa1': '--micro 16 --kappa 1', 'cpu-16-sequential': '--micro 16 --sequential', 'cpu-16-checkpointing': '--micro 16 --checkpointing',
     'cpu-16-both': '--micro 16 --sequential --checkpointing', 'cpu-16-lora': '--micro 16 --lora both --rank 16', 'cpu-16-bf16': '--micro 16 --precision bf16',
-    'gpu-fp32-4': f'{SD} --micro 4', 'gpu-tf32-4': f'{SD} --micro 4 --tf32', 'gpu-bf16-4': f'{SD} --micro 4 --precision bf16', 'gpu-fp16-4': f'{SD} --micro 4 --precision fp16', 'gpu-fp16-8': f'{SD} --micro 8 --precision fp16',
+    'gpu-fp32-4': f'{SD} --micro 4', 'gpu-tf32-4': f'{SD} --micro 4 --tf32', 'gpu-bf16-4': f'{SD} --micro 4 --precision bf16', 'gpu-bf16-1': f'{SD} --micro 1 --precision bf16', 'gpu-bf16-8': f'{SD} --micro 8 --precision bf16',
+    'gpu-bf16-16': f'{SD} --micro 16 --precision bf16', 'gpu-fp32-1': f'{SD} --micro 1', 'gpu-fp32-8': f'{SD} --micro 8', 'gpu-fp16-16': f'{SD} --micro 16 --precision fp16', 'gpu-fp16-4': f'{SD} --micro 4 --precision fp16', 'gpu-fp16-8': f'{SD} --micro 8 --precision fp16',
     'gpu-bf16-4-channels-last': f'{SD} --micro 4 --precision bf16 --channels-last', 'gpu-bf16-4-compile': f'{SD} --micro 4 --precision bf16 --compile', 'gpu-bf16-4-sequential': f'{SD} --micro 4 --precision bf16 --sequential',
     'gpu-bf16-4-checkpointing': f'{SD} --micro 4 --precision bf16 --checkpointing', 'gpu-fp16-1-24gb': f'{SD} --micro 1 --precision fp16 --sequential --checkpointing', 'gpu-fp16-1-lora': f'{SD} --micro 1 --precision fp16 --checkpointing --lora both',
     'gpu-pure-fp16-4': f'{SD} --micro 4 --precision pure-fp16',
 }
 
 def command(name:str)->list[str]: return ['bench', *ROWS[name].split(), *(['--device', 'cpu'] if name.startswith('cpu') else [])]
+
+def settings(name:str)->dict:
+    "The same as fields of `Bench`"
+    words, out = command(name)[1:], {}
+    for i, w in enumerate(words):
+        if not w.startswith('--'): continue
+        value = words[i + 1] if i + 1 < len(words) and not words[i + 1].startswith('--') else True
+        out[w[2:].replace('-', '_')] = int(value) if str(value).isdigit() else value
+    return out
 
 def measure(name:str):
     "One row, in a process of its own"

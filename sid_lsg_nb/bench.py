@@ -38,9 +38,11 @@ def random_teacher(name:str, device)->Teacher:
     "A pipeline of published shapes with random weights; raises `InputError` for an unknown name"
     key = name.removeprefix('random-')
     if key not in SHAPES: raise InputError(f'{name!r} is not known; use one of {", ".join("random-" + k for k in SHAPES)}, "embedded" or a folder')
-    unet = UNet2DConditionModel.from_config(SHAPES[key][0]); width = unet.config.cross_attention_dim
+    width = SHAPES[key][0]['cross_attention_dim']
     words = Path(tempfile.mkdtemp()); tokenizer = tiny_tokenizer(words, 77); shutil.rmtree(words)
-    text = CLIPTextModel(CLIPTextConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=12 if width == 768 else 23, num_attention_heads=width//64, projection_dim=width))
+    with torch.device(device):                                                      # a billion random numbers, made where they are needed
+        unet = UNet2DConditionModel.from_config(SHAPES[key][0])
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=12 if width == 768 else 23, num_attention_heads=width//64, projection_dim=width))
     vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, sample_size=512)
     scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False)
     pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
@@ -85,9 +87,9 @@ def machine(device:torch.device)->dict:
     cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else platform.processor()
     return dict(device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, cpu=cpu, threads=torch.get_num_threads(), system=platform.system(),
                 python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__, date=str(date.today()))
-def measure(b:Bench)->dict: # settings, machine, ratio, seconds, parts, img_per_s, peak_gib
+def measure(b:Bench, teacher:Teacher|None=None)->dict: # settings, machine, ratio, seconds, parts, img_per_s, peak_gib
     "Time an iteration against its floor"
-    team = Team(b.device); job = setup(config_of(b), team, random_teacher(b.teacher, team.device) if b.teacher.startswith('random-') else None)
+    team = Team(b.device); job = setup(config_of(b), team, teacher or (random_teacher(b.teacher, team.device) if b.teacher.startswith('random-') else None))
     it, calls, turns = iterate(job), floor_calls(job), []
     for _ in range(2): next(it); [f() for f in calls.values()]                       # warm: compilation, caches, allocator
     if team.device.type == 'cuda': torch.cuda.reset_peak_memory_stats()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from .core import Cond, InputError
+from .core import Cond, InputError, to_device
 
 # %% ../nbs/04_conditioning.ipynb #49cc377d
 def read_prompts(
@@ -119,7 +119,7 @@ class TextEncoder:
                               truncation=True, return_tensors='pt').input_ids
     @torch.no_grad()
     def __call__(self, prompts:list[str])->Cond: # {'encoder_hidden_states': [B, L, D]}, float32
-        return dict(encoder_hidden_states=self.model(self.tokens(prompts).to(self.model.device))[0].float())
+        return dict(encoder_hidden_states=self.model(to_device(self.tokens(prompts), self.model.device))[0].float())
     def null(self)->Cond: # {'encoder_hidden_states': [1, L, D]}
         "The conditioning of \"\""
         if self._null is None: self._null = self([''])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:                                                      # named i
 
 # %% auto #0
 __all__ = ['Cond', 'HOST', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng', 'noise_for', 'cond_map',
-           'cond_cat', 'cond_slice', 'cond_expand', 'cond_to', 'RunError', 'remove', 'clean_up', 'sync',
+           'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError', 'remove', 'clean_up', 'sync',
            'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write', 'read_rows', 'read_json', 'read_json_or',
            'to_uint8', 'image_grid']
 
@@ -99,6 +99,14 @@ def cond_slice(cond:Cond, index)->Cond:
 def cond_expand(cond:Cond, n:int)->Cond:
     "One sample seen `n` times, without a copy"
     return cond_map(lambda v: v.expand(n, *v.shape[1:]), cond)
+def to_device(
+    x:Tensor,
+    device, # a `torch.device` or its name
+)->Tensor:
+    "x there; what a GPU gets goes through pinned memory, so that nobody waits for its queue"
+    import torch
+    if torch.device(device).type != 'cuda' or x.device.type != 'cpu': return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 def cond_to(cond:Cond, *args, **kwargs)->Cond:
     "Every tensor through `Tensor.to`"
     return cond_map(lambda v: v.to(*args, **kwargs), cond)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from .core import Cond, InputError, atomic_folder, bcast, noise_for
+from .core import Cond, InputError, atomic_folder, bcast, noise_for, to_device
 from .schedule import EDMSchedule, check_times, karras, law_times, table_dtype
 from .denoiser import Denoiser
 from .guidance import Kappa, guided
@@ -278,10 +278,10 @@ class ClassWords:
             raise InputError(f'{prompt[:60]!r} is no class of this teacher; give one of {", ".join(self.names[:10])} or a number below {len(self.names)}')
         return self.names.index(word) if named else int(word)
     def __call__(self, prompts:list[str])->Cond: # {'class_labels': [B, classes]}
-        found = torch.zeros(len(prompts), len(self.names), device=self.device)
+        found = torch.zeros(len(prompts), len(self.names))
         named = [(i, self.number(p)) for i, p in enumerate(prompts) if p and self.names]     # "" is the empty class
         if named: found[tuple(zip(*named))] = 1.
-        return dict(class_labels=found)
+        return dict(class_labels=to_device(found, self.device))
     def null(self)->Cond: # {'class_labels': [1, classes]}
         "No class: all zeros"
         return dict(class_labels=torch.zeros(1, len(self.names), device=self.device))

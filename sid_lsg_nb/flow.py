@@ -19,7 +19,7 @@ from diffusers import (AutoencoderDC, AutoencoderKL, DiffusionPipeline, DPMSolve
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
-from .core import Cond, InputError, atomic_folder, bcast, cond_map, noise_for
+from .core import Cond, InputError, atomic_folder, bcast, cond_map, noise_for, to_device
 from .schedule import FlowSchedule
 from .conditioning import TINY_WORDS, tiny_tokenizer
 from .parts import CLIP_WORDS, GEMMA_WORDS, PLAIN_LATENTS, T5_WORDS, Layout, open_parts
@@ -85,7 +85,7 @@ class SD3Text:
     @property
     def model(self)->nn.Module: return self.clips[0][1]
     def ids(self, tokenizer, prompts, length): # [B, length], on the encoders' device
-        return tokenizer(prompts, padding='max_length', max_length=length, truncation=True, return_tensors='pt').input_ids.to(self.model.device)
+        return to_device(tokenizer(prompts, padding='max_length', max_length=length, truncation=True, return_tensors='pt').input_ids, self.model.device)
     @torch.no_grad()
     def __call__(self, prompts:list[str])->Cond: # {'encoder_hidden_states': [B, 77 + 256, D], 'pooled_projections': [B, P]}, float32
         prompts = list(prompts); short = self.clips[0][0].model_max_length                          # the first tokenizer's, for both
@@ -269,11 +269,12 @@ class SanaText:
         "What Gemma makes of instruction and prompt, at the first token and the last 299 places"
         self.tokenizer.padding_side = 'right'
         total = self.length + (len(self.tokenizer.encode(instruction)) - 2 if instruction else 0)
-        read = self.tokenizer([instruction + p.lower().strip() for p in prompts], padding='max_length', max_length=total, truncation=True, return_tensors='pt').to(self.model.device)
-        places = [0, *range(1 - self.length, 0)]
-        return dict(encoder_hidden_states=self.model(read.input_ids, attention_mask=read.attention_mask)[0].float()[:, places], encoder_attention_mask=read.attention_mask[:, places])
+        read = self.tokenizer([instruction + p.lower().strip() for p in prompts], padding='max_length', max_length=total, truncation=True, return_tensors='pt')
+        ids, mask = (to_device(read[k], self.model.device) for k in ('input_ids', 'attention_mask'))
+        places = lambda x: torch.cat([x[:, :1], x[:, x.shape[1] + 1 - self.length:]], 1)          # slices: a list of places would be carried to the GPU
+        return dict(encoder_hidden_states=places(self.model(ids, attention_mask=mask)[0].float()), encoder_attention_mask=places(mask))
     def __call__(self, prompts:list[str])->Cond:
-        empty = torch.tensor([not p.strip() for p in prompts], device=self.model.device)
+        empty = to_device(torch.tensor([not p.strip() for p in prompts]), self.model.device)
         return cond_map(lambda c, n: torch.where(bcast(empty, c), n, c), self.encode(prompts, self.instruction), self.null())
     def null(self)->Cond: # the same with B = 1
         "The conditioning of \"\": no instruction"

@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, LMSDiscret
 
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
-from .core import Cond, InputError, atomic_folder, cond_expand
+from .core import Cond, InputError, atomic_folder, cond_expand, to_device
 from .schedule import DiscreteSchedule
 from .conditioning import TINY_WORDS
 from .parts import PLAIN_LATENTS, T5_WORDS, Layout, open_parts
@@ -64,7 +64,7 @@ class PixArtText:
         return self.tokenizer([p.lower().strip() for p in prompts], padding='max_length', max_length=self.length, truncation=True, return_tensors='pt')
     @torch.no_grad()
     def __call__(self, prompts:list[str])->Cond: # encoder_hidden_states [B,L,D] float32, encoder_attention_mask [B,L] integers, and `micro`
-        words = {k: v.to(self.model.device) for k, v in self.tokens(prompts).items()}
+        words = {k: to_device(v, self.model.device) for k, v in self.tokens(prompts).items()}
         return dict(encoder_hidden_states=self.model(**words)[0].float(), encoder_attention_mask=words['attention_mask']) | cond_expand(self.micro, len(prompts))
     def null(self)->Cond: # the same, one row
         "The conditioning of \"\""

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm.auto import tqdm
-from .core import InputError
+from .core import InputError, to_device
 from .conditioning import PromptStream
 from .scores import folder_images
 
@@ -50,4 +50,4 @@ def real_batches(
     stream, size = PromptStream(range(len(latents)), seed, position), batch//shard[1]
     while True:
         mine = stream.take(batch, slice(shard[0]*size, (shard[0] + 1)*size))
-        for i in range(0, size, micro): yield latents[mine[i:i + micro]].to(device), None
+        for i in range(0, size, micro): yield to_device(latents[mine[i:i + micro]], device), None

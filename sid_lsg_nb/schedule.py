@@ -10,9 +10,10 @@ __all__ = ['NO_SIGNAL', 'LAWS', 'x0_weights', 'Schedule', 'table_dtype', 'check_
 # %% ../nbs/01_schedule.ipynb #71a40331
 import inspect, math
 from dataclasses import dataclass
+from functools import cached_property
 import torch
 from torch import Tensor
-from .core import InputError, bcast
+from .core import InputError, bcast, to_device
 
 # %% ../nbs/01_schedule.ipynb #6f8eea17
 def x0_weights(
@@ -81,6 +82,11 @@ class DiscreteSchedule(Schedule):
         abar = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
         self.prediction, self.alphas, self.sigmas = prediction, abar.sqrt(), (1 - abar).sqrt()
         x0_weights(prediction, self.alphas, self.sigmas)        # a wrong name dies here
+        self._there = {}                                        # device -> the table there
+    def table(self, device)->tuple[Tensor, Tensor]: # alphas, sigmas
+        "The levels on a device, carried there once: a copy in every step would make the host wait for the GPU"
+        if device not in self._there: self._there[device] = tuple(v.to(device, table_dtype(device)) for v in (self.alphas, self.sigmas))
+        return self._there[device]
     @classmethod
     def from_scheduler(cls, scheduler)->'DiscreteSchedule':
         "The schedule a diffusers pipeline was trained with; raises `InputError` for a scheduler without a table"
@@ -88,7 +94,7 @@ class DiscreteSchedule(Schedule):
             raise InputError(f'{type(scheduler).__name__} has no alphas_cumprod table; a DDPM-type scheduler (DDIM, PNDM, Euler, DPM++) is needed')
         return cls(scheduler.alphas_cumprod, scheduler.config.get('prediction_type', 'epsilon'))
     def __len__(self): return len(self.alphas)
-    @property
+    @cached_property
     def asked_until(self)->int:
         "Times from here on have no signal, and a network that predicts epsilon says nothing about x_0 there"
         return int((self.alphas**2 > NO_SIGNAL).sum()) if self.prediction == 'epsilon' else len(self)
@@ -96,8 +102,8 @@ class DiscreteSchedule(Schedule):
         if t >= (end := self.asked_until):
             raise InputError(f'time {t} of this teacher is pure noise (zero terminal SNR), and a network that predicts epsilon says nothing about x_0 there; '
                              f'keep t_init below {end} and t_max at most {end}, or take a teacher that predicts v')
-    def alpha(self, t:Tensor)->Tensor: return self.alphas.to(t.device, table_dtype(t.device))[t]
-    def sigma(self, t:Tensor)->Tensor: return self.sigmas.to(t.device, table_dtype(t.device))[t]
+    def alpha(self, t:Tensor)->Tensor: return self.table(t.device)[0][t]
+    def sigma(self, t:Tensor)->Tensor: return self.table(t.device)[1][t]
     def time_of(self, sigma:float)->int:
         "The t whose sigma_t/alpha_t is nearest to `sigma` (625 for Stable Diffusion at 2.5)"
         return int((self.sigmas/self.alphas - sigma).abs().argmin())
@@ -220,7 +226,7 @@ def law_times(
     ends = level_cells(schedule)[t_min:t_max + 1] if table else schedule.ratio(torch.tensor([t_min, t_max], dtype=torch.float64))
     F = law.cdf(ends)
     if not F[-1] > F[0]: raise InputError(f'the law {law} never falls into t in [{t_min}, {t_max}); give a wider range')
-    F = F.to(device, table_dtype(device))
+    F = to_device(F.to(table_dtype(device)), device)
     u = F[0] + (F[-1] - F[0])*torch.rand(n, generator=generator, device=device, dtype=F.dtype)
     if table: return t_min + torch.searchsorted(F, u, right=True).sub(1).clamp(0, t_max - t_min - 1)
     return schedule.time_of(law.at(u)).to(torch.get_default_dtype())

@@ -15,7 +15,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DC
 
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-from .core import Cond, InputError, atomic_folder
+from .core import Cond, InputError, atomic_folder, to_device
 from .schedule import DiscreteSchedule
 from .conditioning import tiny_text, tiny_tokenizer
 from .parts import CLIP_WORDS, PLAIN_LATENTS, TEXT_INPUT, Layout, open_parts
@@ -72,12 +72,12 @@ class SDXLText:
         return [t(prompts, padding='max_length', max_length=t.model_max_length, truncation=True, return_tensors='pt').input_ids for t in self.tokenizers]
     @torch.no_grad()
     def __call__(self, prompts:list[str])->Cond: # encoder_hidden_states [B,L,D1+D2] and text_embeds [B,P], float32; time_ids [B,6], integers
-        said = [m(ids.to(m.device), output_hidden_states=True) for m, ids in zip(self.models, self.tokens(prompts))]
+        said = [m(to_device(ids, m.device), output_hidden_states=True) for m, ids in zip(self.models, self.tokens(prompts))]
         words, pooled = torch.cat([s.hidden_states[-2] for s in said], -1).float(), said[1][0].float()
         if self.zeros:
-            spoken = torch.tensor([p != '' for p in prompts], device=words.device)
+            spoken = to_device(torch.tensor([p != '' for p in prompts]), words.device)
             words, pooled = torch.where(spoken[:, None, None], words, 0.), torch.where(spoken[:, None], pooled, 0.)
-        return dict(encoder_hidden_states=words, text_embeds=pooled, time_ids=torch.tensor([self.frame], device=words.device).repeat(len(prompts), 1))
+        return dict(encoder_hidden_states=words, text_embeds=pooled, time_ids=to_device(torch.tensor([self.frame]), words.device).repeat(len(prompts), 1))
     def null(self)->Cond: # the same, one row
         "The conditioning of \"\""
         if self._null is None: self._null = self([''])

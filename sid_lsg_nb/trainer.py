@@ -118,6 +118,7 @@ def opponent(config:Config, teacher)->tuple[Adversary|None, torch.Tensor|None]: 
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
     "Everything a run needs; raises `InputError` for input that cannot work"
     team = team or Team(config.device); config = settle(config, team.world); allow_tf32(config.tf32)
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # shapes stay the same all run: let cuDNN try its kernels once
     prompts = find_prompts(config, team)
     teacher = teacher or open_teacher(config.teacher, team.device); teacher.vae_rests = config.vae_rests
     if config.vae_rests: teacher.vae.to(config.vae_rests)
