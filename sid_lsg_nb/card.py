@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub as hub
 from huggingface_hub.utils import HfHubHTTPError
 from . import __version__
-from .core import InputError, atomic_write
+from .core import DISAGREEMENT, InputError, atomic_write
 from .denoiser import EMBEDDED
 
 # %% ../nbs/17_card.ipynb #f5d9cb8f
@@ -155,7 +155,7 @@ def model_card(
     public = {k: origin(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v for k, v in config.items() if v not in (None, '') and k not in ('out', 'resume', 'device', 'dry_run')}
     rows = [dict(setting=k, value=f'`{v}`') for k, v in public.items()]
     seen = f'Images seen: {log_rows[-1]["nimg"]:,} of {config["nimg"]:,}' if log_rows else 'No log was kept'
-    last = ', '.join(f'{k} {v:.4g}' for k, v in log_rows[-1].items() if k in ('fisher', 'loss', 'loss_fake', 'img_per_s') and isinstance(v, (int, float))) if log_rows else ''
+    last = ', '.join(f'{DISAGREEMENT + " (fisher)" if k == "fisher" else k} {v:.4g}' for k, v in log_rows[-1].items() if k in ('fisher', 'loss', 'loss_fake', 'img_per_s') and isinstance(v, (int, float))) if log_rows else ''
     link = f'[{hub_id}](https://huggingface.co/{hub_id})' if hub_id else teacher
     terms = ' (see there)' if license.get('license_name') == 'see-base-model' else ': ' + ', '.join(f'`{v}`' for v in license.values())
     use = (USE_EDM if kind == 'EDM' else USE).format(kind=kind, where=where, prompt=prompt.replace("'", r"\'"))

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 from . import __version__
-from .core import InputError, atomic_write, pick_device, to_uint8
+from .core import DISAGREEMENT, InputError, atomic_write, pick_device, to_uint8
 from .conditioning import PromptStream, read_prompts
 from .denoiser import EMBEDDED
 from .edm import is_edm, load_edm
@@ -216,7 +216,7 @@ def curve(ps:list[tuple[float, float]], frame:tuple[float, float, float], title:
     for x, y in ps: line.append(f'{w*x/max(end, 1):.1f},{h - 4 - (h - 8)*(y - lo)/((hi - lo) or 1):.1f}')
     return (f'<figure class="curve"><figcaption>{html.escape(title)}: {10**ps[0][1]:.3g} to {10**ps[-1][1]:.3g}</figcaption><svg viewBox="0 0 {w} {h}" preserveAspectRatio="none" role="img" aria-label="{html.escape(title)}">'
             f'<path class="floor" d="M0 {h - .5}H{w}"/><polyline points="{" ".join(line)}"/></svg></figure>')
-CURVES = dict(fisher='gap to the teacher, fisher', tiny_fd='tiny-FD on the way', fid='FID on the way', fd='Fréchet distance on the way')
+CURVES = dict(fisher=f'{DISAGREEMENT}, fisher', tiny_fd='tiny-FD on the way', fid='FID on the way', fd='Fréchet distance on the way')
 def alike(s:Subject, key:str)->tuple:
     "What must agree for two curves to share a frame"
     c = s.config or Config()

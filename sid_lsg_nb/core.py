@@ -15,10 +15,10 @@ if TYPE_CHECKING:                                                      # named i
     from torch import Tensor
 
 # %% auto #0
-__all__ = ['Cond', 'HOST', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng', 'noise_for', 'cond_map',
-           'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError', 'remove', 'clean_up', 'sync',
-           'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write', 'read_rows', 'read_json', 'read_json_or',
-           'to_uint8', 'image_grid']
+__all__ = ['Cond', 'HOST', 'DISAGREEMENT', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng', 'noise_for',
+           'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError', 'remove',
+           'clean_up', 'sync', 'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write', 'read_rows',
+           'read_json', 'read_json_or', 'to_uint8', 'image_grid']
 
 # %% ../nbs/00_core.ipynb #7b2edee5
 def bcast(
@@ -246,6 +246,9 @@ def read_json_or(
     "A JSON file that one can do without"
     try: return read_json(file, type(default)) if Path(file).is_file() else default
     except InputError as e: say(f'left out: {e}'); return default
+
+# %% ../nbs/00_core.ipynb #nameoff2
+DISAGREEMENT = 'teacher-fake disagreement'
 
 # %% ../nbs/00_core.ipynb #8454f56a
 def to_uint8(

@@ -82,7 +82,7 @@ class Config:
     sample_every: int = 2_000      # images between sample sheets
     checkpoint_every: int = 2_000  # images between checkpoints (the end always has one)
     keep: int = 2                  # checkpoints kept
-    alarm: float = 10.0            # warn when the gap to the teacher or a gradient norm is so many times its running mean
+    alarm: float = 10.0            # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
     patience: int = 200            # stop after so many bad iterations in a row (skipped, or under alarm)
     track: Literal['none', 'tensorboard', 'wandb'] = 'none' # besides log.jsonl, which is always written
     eval_every: int = 0            # images between scores of n_eval pictures during the run; 0: none until the end

@@ -8,6 +8,7 @@ __all__ = ['status']
 # %% ../nbs/23_status.ipynb #33e87541
 import json, statistics, time
 from pathlib import Path
+from .core import DISAGREEMENT
 from .checkpoint import checkpoints
 from .settings import label, saved_config
 
@@ -21,7 +22,7 @@ def status(folder)->str:
     if rows:
         last, speed = rows[-1], statistics.median(r['img_per_s'] for r in rows[-20:]); left = max(0, config.nimg - last['nimg'])
         out += [f'  {last["nimg"]:,} of {config.nimg:,} images ({last["nimg"]/config.nimg:.1%}), {speed:.4g} images/s, {left/max(speed, 1e-9)/3600:.2g} h left, last line {(time.time() - file.stat().st_mtime)/60:.0f} min ago',
-                '  last line: ' + ', '.join(f'{k} {last[k]:.4g}' for k in ('fisher', 'loss', 'norm', 'loss_fake', 'norm_fake'))]
+                '  last line: ' + f'{DISAGREEMENT} (fisher) {last["fisher"]:.4g}, ' + ', '.join(f'{k} {last[k]:.4g}' for k in ('loss', 'norm', 'loss_fake', 'norm_fake'))]
         bad = {k: sum(r.get(k, 0) for r in rows) for k in ('skipped', 'skipped_fake', 'dropped', 'dropped_fake')}
         out += ['  accidents: ' + (', '.join(f'{k} {v}' for k, v in bad.items() if v) or 'none') + f'; alarms: {sum("alarm" in r for r in rows)}']
     else: out += ['  nothing logged yet']

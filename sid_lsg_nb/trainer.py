@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import torch
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
-from .core import InputError, RunError, atomic_write, rng
+from .core import DISAGREEMENT, InputError, RunError, atomic_write, rng
 from .conditioning import PromptStream
 from .schedule import DiscreteSchedule
 from .denoiser import EMBEDDED, Denoiser, Teacher
@@ -252,7 +252,7 @@ def follow(job:Job, folder:Path, sheets)->bool: # True if it was asked to stop
             stopped = team.any(stop.is_set()); done = stopped or s.nimg >= c.nimg
             if done or due(c.log_every) or due(c.checkpoint_every) or due(c.eval_every):
                 row = log.write(lambda row: watch(row, s.gen.last) | (score_now(job) if due(c.eval_every) else {}))
-                to.log(row); bar.set_postfix({k: f'{row[k]:.3g}' for k in ('loss', 'fisher', 'norm')} | (dict(ALARM=','.join(row['alarm'])) if watch.bad else {}))
+                to.log(row); bar.set_postfix({name: f'{row[k]:.3g}' for k, name in (('loss', 'loss'), ('fisher', DISAGREEMENT), ('norm', 'norm'))} | (dict(ALARM=','.join(row['alarm'])) if watch.bad else {}))
             if done or due(c.sample_every):
                 sheets(s.nimg)
                 if team.main: curves(log.rows, folder/'curves.png', f'{folder.name}: {label(c)}')

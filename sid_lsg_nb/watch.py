@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import atomic_write, image_grid, noise_for
+from .core import DISAGREEMENT, atomic_write, image_grid, noise_for
 from .denoiser import Denoiser, Teacher
 from .generator import few_steps, step_times, teacher_sample
 from .parallel import Team
@@ -64,9 +64,9 @@ class Band:
 
 # %% ../nbs/23_watch.ipynb #67177f19
 def curves(rows:list[dict], file, title:str=''):
-    "curves.png: what to look at first, then the losses and gradient norms, against images seen"
-    score = next((k for k in ('tiny_fd', 'fid', 'fd') if any(k in r for r in rows)), None); scored = [r for r in rows if score in r]; panels = [('E||y_real - y_fake||^2: look here', ['fisher']), ('losses', ['loss', 'loss_fake']), ('gradient norms', ['norm', 'norm_fake'])]
-    if scored: panels.insert(1, (f'{score} of the average', [score]))
+    "curves.png: a score if there is one, how far teacher and fake disagree, the losses and gradient norms, against images seen"
+    score = next((k for k in ('tiny_fd', 'fid', 'fd') if any(k in r for r in rows)), None); scored = [r for r in rows if score in r]; panels = [(f'{DISAGREEMENT} (starts near 0)', ['fisher']), ('losses', ['loss', 'loss_fake']), ('gradient norms', ['norm', 'norm_fake'])]
+    if scored: panels.insert(0, (f'{score} of the average', [score]))
     fig = Figure(figsize=(3.4*len(panels), 3), dpi=90); axes = fig.subplots(1, len(panels))
     for ax, (name, keys) in zip(axes, panels):
         known = scored if keys == [score] else rows
