@@ -2,7 +2,7 @@
 import re
 from pathlib import Path
 import pytest
-from sid_lsg_nb.score import DISAGREEMENT
+from sid_lsg_nb.core import DISAGREEMENT
 
 LIBRARY = sorted((Path(__file__).parent.parent/'sid_lsg_nb').glob('*.py'))
 
