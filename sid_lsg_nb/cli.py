@@ -15,8 +15,8 @@ from .settings import PRESETS, USUAL, Config, check, resume_folder, saved_config
 from .status import status
 
 # %% auto #0
-__all__ = ['COMMANDS', 'free_folder', 'trained_steps', 'sample', 'flag', 'pipeline_name', 'usual_preset', 'defaults_of',
-           'tell_status', 'command_of', 'parse', 'quiet', 'main']
+__all__ = ['COMMANDS', 'free_folder', 'trained_steps', 'sample', 'several', 'flag', 'pipeline_name', 'usual_preset',
+           'defaults_of', 'tell_status', 'command_of', 'parse', 'quiet', 'read', 'tell', 'main']
 
 # %% ../nbs/28_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -54,6 +54,9 @@ def sample(args:Sample)->Path: # the folder
     return folder
 
 # %% ../nbs/28_cli.ipynb #748c32e8
+def several()->bool:
+    "Was this process started as one of several?"
+    return os.environ.get('WORLD_SIZE', '1') not in ('', '0', '1')
 def flag(argv:list[str], name:str, default:str='')->str:
     "The last value given for one flag, before the others can be parsed"
     given = [a.split('=', 1)[1] if '=' in a else (argv + [''])[i + 1] for i, a in enumerate(argv) if a == name or a.startswith(name + '=')]
@@ -77,7 +80,9 @@ def defaults_of(argv:list[str])->Config:
     name = flag(argv, '--preset') or usual_preset(flag(argv, '--teacher', 'embedded'))
     if name not in PRESETS: raise InputError(f'preset {name!r} is not known; use one of {", ".join(PRESETS)}')
     folder = resume_folder(Config(preset=name, resume=flag(argv, '--resume')))
-    return saved_config(folder) if folder else PRESETS[name]
+    first = not several() or os.environ.get('RANK') == '0'
+    if folder is None or not first and not (folder/'config.json').is_file(): return PRESETS[name]     # the first process's settings will hold
+    return saved_config(folder)
 
 # %% ../nbs/28_cli.ipynb #6a4b94f8
 def tell_status(args:Status):
@@ -88,7 +93,7 @@ def tell_status(args:Status):
 
 # %% ../nbs/28_cli.ipynb #7a8d4c9d
 COMMANDS = { # dataclass: (name, what it does, module and function, imported only when it is called)
-    Config: ('distill', 'Distil a text-to-image teacher into a one-step generator. No option is needed: the bundled teacher, on any laptop, in minutes. Several processes: accelerate launch -m sid_lsg_nb.cli distill ... Presets: ' + ', '.join(PRESETS), 'trainer.train'),
+    Config: ('distill', 'Distil a text-to-image teacher into a one-step generator. No option is needed: the bundled teacher, on any laptop, in minutes. Several processes: torchrun --nproc-per-node N -m sid_lsg_nb.cli distill ... Presets: ' + ', '.join(PRESETS), 'trainer.train'),
     Sample: ('sample', 'Draw pictures with a distilled generator.', 'cli.sample'),
     Status: ('status', 'Say where runs stand: how far, how fast, what happened, what is saved.', 'cli.tell_status'),
     Evaluate: ('evaluate', 'Score a run, a pipeline or a folder of pictures by a named protocol.', 'compare.evaluate'),
@@ -116,17 +121,32 @@ def quiet():
     warnings.filterwarnings('ignore', module='huggingface_hub|diffusers|transformers|open_clip|torch')
 
 # %% ../nbs/28_cli.ipynb #ae38bc47
+def read(argv:list[str]): # an instance of one of the dataclasses
+    "`parse`, and numbers that cannot work are told before the long imports; what is wrong in one of several processes is raised in all"
+    if several() and argv[:1] == ['distill']:
+        from sid_lsg_nb.parallel import heard_by_all
+        with heard_by_all(flag(argv, '--device', 'auto')): return parse(argv)
+    args = parse(argv)
+    return check(args) if isinstance(args, Config) else args
+def tell(error:Exception):
+    "One line for an error that ends the command; of several processes one speaks"
+    from_here = str(error)
+    if several():
+        from sid_lsg_nb.parallel import said_here
+        from_here = said_here(error, os.environ)
+    if from_here: print(f'sid-lsg: {from_here}', file=sys.stderr)
 def main(argv:list[str]|None=None)->int: # exit status
     "The `sid-lsg` command"
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')            # a terminal that cannot show a letter
     if '--version' in argv: print(f'sid-lsg {__version__}'); return 0
     try:
-        args = parse(argv)
-        if isinstance(args, Config): check(args)                                           # numbers that cannot work are told before the long imports
+        args = read(argv)
         if not isinstance(args, Status): quiet()
         command_of(args)(args)
     except (InputError, RunError) as e:
-        if os.environ.get('RANK', '0') == '0': print(f'sid-lsg: {e}', file=sys.stderr)          # of several processes one speaks
+        tell(e)
         return 2 if isinstance(e, InputError) else 1
     except KeyboardInterrupt:
         print('\nsid-lsg: interrupted; everything reported as saved is on disk', file=sys.stderr)

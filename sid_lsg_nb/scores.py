@@ -274,7 +274,7 @@ def sum_over_processes(tensors:list[Tensor], world:int=1):
     "Each tensor becomes its sum over all processes; raises `InputError` if they were not started together"
     if world == 1: return
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() == world):
-        raise InputError(f'{world} processes are asked for and they do not know each other; start with torchrun or accelerate launch')
+        raise InputError(f'{world} processes are asked for and they do not know each other; start with torchrun --nproc-per-node {world} ...')
     where = 'cuda' if dist.get_backend() == 'nccl' else 'cpu'
     for t in tensors:
         u = t.to(where); dist.all_reduce(u); t.copy_(u)
