@@ -131,7 +131,7 @@ def heard_by_all(device:str='auto'):
         Team(device).agreed(fail)
 def said_here(error:Exception, env:Mapping)->str: # '' where another process of this machine says it
     "The words for an error that ends this process: what all were told is said once a machine, the rest with its place"
-    if env.get('WORLD_SIZE', '1') in ('', '1'): return str(error)
+    if env.get('WORLD_SIZE', '1') in ('', '1') or not env.get('RANK'): return str(error)
     if getattr(error, 'told', False): return str(error) if env.get('LOCAL_RANK', '0') == '0' else ''
     return f'rank {env.get("RANK", "?")} on {socket.gethostname()}: {error}'
 def versions()->dict[str, str]:
