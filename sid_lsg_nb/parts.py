@@ -7,7 +7,7 @@ __all__ = ['CLIP_WORDS', 'T5_WORDS', 'GEMMA_WORDS', 'UNUSED', 'TEXT_INPUT', 'INP
            'BEST', 'DTYPE_SINCE', 'MODEL', 'Layout', 'refuse', 'say_once', 'read_json', 'class_of', 'check_index',
            'pick_weights', 'check_file', 'find_weights', 'dtype_arg', 'config_of_part', 'check_config', 'build_part',
            'load_part', 'open_part', 'trouble', 'settle_scheduler', 'open_scheduler', 'wanted_files', 'in_cache',
-           'fetch_pipeline', 'open_parts', 'say_variants']
+           'fetch_pipeline', 'open_parts', 'assemble', 'say_variants']
 
 # %% ../nbs/04_parts.ipynb #55c29949
 import inspect
@@ -209,6 +209,8 @@ def open_scheduler(
     config = read_json(folder/'scheduler_config.json', path); kind = class_of(name)
     if prediction_type: config['prediction_type'] = prediction_type
     if kind is None: say_once(f'teacher {str(path)!r}: the installed diffusers has no {name}; the noise levels of its config go into a DDIMScheduler')
+    if kind and config.get('rescale_betas_zero_snr') and 'rescale_betas_zero_snr' not in inspect.signature(kind.__init__).parameters:
+        say_once(f'teacher {str(path)!r}: {name} does not know rescale_betas_zero_snr; the noise levels of its config go into a DDIMScheduler'); kind = None
     kind = kind or DDIMScheduler
     if not (hasattr(kind, 'from_config') and hasattr(kind, 'set_timesteps')): refuse(path, f'has a scheduler of class {name}', 'take the scheduler of the same model')
     usable = (kind, *solvers) if 'alphas_cumprod' in inspect.getsource(kind.__init__) else (kind,)
@@ -265,6 +267,9 @@ def open_parts(
         if part not in named: made[part] = None; continue
         made[part] = open_part(folder/part, class_of(named[part]), typed(part), path, layout.fixed.get(part, {}), weights)
     if weights: say_variants(folder, named, path)
+    return assemble(layout, index, made)
+def assemble(layout:Layout, index:dict, made:dict):
+    "The pipeline of these parts, with the switches of its index"
     kind = getattr(diffusers, layout.pipeline); takes = inspect.signature(kind.__init__).parameters
     own = {k: v for k, v in index.items() if k in takes and not isinstance(v, list)} | layout.options
     nobody = {k: None for k, p in takes.items() if k in UNUSED and p.default is inspect.Parameter.empty}

@@ -16,7 +16,8 @@ if TYPE_CHECKING: from sid_lsg_nb.distill import Recipe
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
            'PRESETS', 'USUAL', 'FIXED', 'Config', 'kappas', 'check', 'check_together', 'settle', 'recipe_of', 'label',
-           'published', 'run_folder', 'saved_config', 'resume_folder', 'differences', 'shapes_of', 'weights_in', 'plan']
+           'published', 'check_out', 'run_folder', 'saved_config', 'resume_folder', 'differences', 'shapes_of',
+           'weights_in', 'plan']
 
 # %% ../nbs/22_settings.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Config:
     "Settings of one distillation run"
     preset: str = 'embedded'       # row of the preset table that the other settings start from (on the command line that of the teacher's family if another teacher is given)
     teacher: str = 'embedded'      # "embedded", a folder or hub id of a diffusers pipeline, or an EDM network (.pkl or folder)
+    prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample'] = '' # what the teacher's network predicts, where its files do not say so or are wrong; default: as they say
     prompts: str = ''              # .txt, .jsonl, .csv, .parquet (also .gz), a folder of them, or a dataset's name; the embedded teacher and EDM networks bring their own
     column: str = ''               # where the prompts are, in a table with several columns of text
     out: str = ''                  # run folder, must not exist; default: the next free runs/PRESET-N
@@ -198,11 +200,14 @@ USUAL = dict(StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='
     StableDiffusion3Pipeline='sd3-sid-dit', SanaPipeline='sana-sid-dit', EDM='cifar10-sid') # the row to start from, by the teacher's family, if none is named
 
 # %% ../nbs/22_settings.ipynb #c12fd6eb
+def check_out(config:Config):
+    "Raise `InputError` if the folder of a new run exists"
+    if config.out and Path(config.out).expanduser().exists(): raise InputError(f'--out {config.out} exists; choose another folder, or leave --out away for the next free runs/{config.preset}-N')
 def run_folder(config:Config)->Path:
     "Create the run's folder; raises `InputError` if a given one exists"
+    check_out(config)
     if config.out:
         folder = Path(config.out).expanduser()
-        if folder.exists(): raise InputError(f'--out {config.out} exists; choose another folder, or leave --out away for the next free runs/{config.preset}-N')
         folder.mkdir(parents=True)
     else:
         n = 1
@@ -213,7 +218,7 @@ def run_folder(config:Config)->Path:
     return folder
 
 # %% ../nbs/22_settings.ipynb #4d568a03
-FIXED = ('teacher', 'prompts', 'seed', 't_init', 'steps')
+FIXED = ('teacher', 'prediction_type', 'prompts', 'seed', 't_init', 'steps')
 def saved_config(folder)->Config:
     "The config of a run folder; raises `InputError` if there is none"
     file = Path(folder)/'config.json'

@@ -7,6 +7,10 @@ __all__ = ['stop_flag', 'networks', 'Job', 'find_prompts', 'timed', 'opponent', 
            'restore', 'one_config', 'newest_state', 'as_input', 'check_folder', 'require_space', 'open_run',
            'student_name', 'ways_to_draw', 'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged',
            'Watch', 'save', 'follow', 'leave_house', 'go_back', 'train']
+__all__ = ['stop_flag', 'check_lora', 'networks', 'Job', 'find_prompts', 'timed', 'opponent', 'adversary_of', 'open_inputs',
+           'check_inputs', 'setup', 'iterate', 'state_of', 'restore', 'open_run', 'student_name', 'ways_to_draw',
+           'Sheets', 'closing_table', 'feature_network', 'score_now', 'Diverged', 'Watch', 'save', 'follow',
+           'leave_house', 'go_back', 'train']
 
 # %% ../nbs/24_trainer.ipynb #3e3183a2
 import hashlib, json, shutil, signal, socket, threading, time
@@ -25,15 +29,15 @@ from .conditioning import PromptStream
 from .schedule import DiscreteSchedule
 from .denoiser import EMBEDDED, Denoiser, Teacher
 from .generator import SIGMA_INIT
-from .optim import EMA
+from .optim import EMA, make_adam
 from .distill import Game, Recipe, distill, text_batches
 from .adversary import Adversary
 from .pipeline import save_student
 from .metrics import TINY_HEADER, Scorer, TinyScore, tiny_score
-from .checkpoint import CheckpointError, load_latest, save_checkpoint
+from .checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
 from .card import write_card
 from .prompts import Prompts, listed, open_prompts
-from .scores import Features, bundled_features, generated, inception
+from .scores import Features, folder_images, bundled_features, generated, inception
 from .protocols import PROTOCOLS, score_images
 from .edm import is_edm
 from .teachers import open_teacher
@@ -41,6 +45,11 @@ from .parallel import Team, allow_tf32, cut_like, make_learner, precision_of, sl
 from .memory import Lent, plain_copy
 from .real import encode_folder, real_batches
 from .settings import Config, check, differences, kappas, label, plan, recipe_of, resume_folder, run_folder, saved_config, settle
+from .teachers import is_here, open_teacher
+from .parallel import Team, allow_tf32, cut_like, make_learner, precision_of, slices, whole
+from .memory import Lent, plain_copy
+from .real import encode_folder, real_batches
+from .settings import Config, check_out, differences, kappas, label, plan, recipe_of, resume_folder, run_folder, saved_config, settle
 from .watch import Band, Log, curves, in_parts, many_step_draw, sheet, student_draw, tracker
 
 # %% ../nbs/24_trainer.ipynb #cb3785d7
@@ -58,10 +67,14 @@ def stop_flag():
         for s, h in old.items(): signal.signal(s, h)
 
 # %% ../nbs/24_trainer.ipynb #663d1b8d
+def check_lora(config:Config, teacher:Teacher):
+    "Raise `InputError` for a LoRA on a network that cannot carry one"
+    if config.lora == 'none' or isinstance(teacher.denoiser.net, ModelMixin): return
+    raise InputError(f'the network of teacher {teacher.path!r} cannot carry a LoRA; leave --lora away')
 def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser]: # teacher, fake, generator
     "Three views: each with its own weights, or a LoRA on the teacher's"
     p, d = precision_of(config.precision), teacher.denoiser
-    if config.lora != 'none' and not isinstance(d.net, ModelMixin): raise InputError(f'the network of teacher {teacher.path!r} cannot carry a LoRA; leave --lora away')
+    check_lora(config, teacher)
     shared = {k: config.lora in (k, 'both') for k in ('fake', 'generator')}
     own = {k: d.copy() for k, lent in shared.items() if not lent}                     # before the base is cast or gets additions
     d.net.to(p.teacher); d.autocast = p.autocast
@@ -116,6 +129,9 @@ def timed(config:Config, teacher)->Recipe:
 def opponent(config:Config, teacher)->tuple[Adversary|None, torch.Tensor|None]: # and the real pictures' latents
     "SiDA's adversary, if there are real pictures; raises `InputError` for a layer or folder that is none"
     if not config.real: return None, None
+    return adversary_of(config, teacher), encode_folder(teacher, Path(config.real).expanduser())
+def adversary_of(config:Config, teacher)->Adversary:
+    "SiDA's adversary; raises `InputError` for a layer that is none"
     rival = Adversary(config.gan_layer, config.gan_learn, push=config.gan_push, rests=config.gan_rests, begins=config.gan_begins)
     with rival.listen(teacher.denoiser): pass                                          # is there such a layer?
     return rival, encode_folder(teacher, Path(config.real).expanduser())
@@ -124,6 +140,25 @@ def fingerprint(teacher)->str:
     nets = [v for part in (teacher, getattr(teacher, 'text', None)) for v in getattr(part, '__dict__', {}).values() if isinstance(v, nn.Module)]
     some = [p.detach().flatten()[::max(1, p.numel()//256)].double().cpu() for net in nets for p in net.parameters()]
     return hashlib.sha256(torch.cat(some).numpy().tobytes()).hexdigest()[:12]
+    return rival
+def open_inputs(config:Config, team:Team, device, teacher=None)->tuple[Teacher, Prompts, Recipe]: # a teacher may be given instead of loaded
+    "What a run is made of; on the device `meta` all of it but the weights; raises `InputError` for input that cannot work"
+    prompts = find_prompts(config, team)
+    teacher = teacher or open_teacher(config.teacher, device, prediction_type=config.prediction_type)
+    teacher.check(kappas(config)); recipe = timed(config, teacher); check_lora(config, teacher)
+    return teacher, prompts or listed(teacher.prompts), recipe
+def check_inputs(config:Config, team:Team):
+    "Raise `InputError` for whatever the run would refuse, in its words, as far as it can be known without weights"
+    if folder := resume_folder(config):
+        differences(saved_config(folder), config)
+        if not checkpoints(folder/'checkpoints'): raise InputError(f'cannot resume: {str(folder)!r} holds no checkpoint; start a new run')
+    else: check_out(config)
+    if not is_here(config.teacher):
+        find_prompts(config, team); print(f'teacher {config.teacher!r} is not on this machine; what it holds is checked when it is fetched')
+        return
+    teacher, _, _ = open_inputs(config, team, 'meta')
+    if config.real: adversary_of(config, teacher); folder_images(Path(config.real).expanduser())
+    make_adam([torch.nn.Parameter(torch.zeros(1))], bits=config.bits)                  # is the package there?
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
     "Everything a run needs; raises `InputError` for input that cannot work"
     team = team or Team(config.device); config = team.agreed(lambda: settle(config, team.world)); allow_tf32(config.tf32)
@@ -134,6 +169,9 @@ def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: #
     if config.vae_rests: teacher.vae.to(config.vae_rests)
     recipe, (rival, real), (judge, *students) = team.agreed(lambda: (timed(config, teacher), opponent(config, teacher), networks(config, teacher)))
     prompts = prompts or listed(teacher.prompts); team.same({'the number of real pictures': str(real is not None and len(real))})
+    teacher, prompts, recipe = open_inputs(config, team, team.device, teacher); teacher.vae_rests = config.vae_rests
+    if config.vae_rests: teacher.vae.to(config.vae_rests)
+    rival, real = opponent(config, teacher); judge, *students = networks(config, teacher)
     ema = EMA(students[1], config.ema_halflife, config.ema_rampup, config.ema_device or None)
     learners = [make_learner(team, net, lr, config.precision, config.shard, config.clip, config.eps, config.bits) for net, lr in zip(students, (config.lr_fake, config.lr))]
     if config.shard: slices(team, judge), slices(team, ema.net)
@@ -321,6 +359,10 @@ def train(config:Config=Config())->Path|None: # the run folder
     team = Team(config.device); team.agreed(lambda: check(config))
     for note in team.notes if team.main else (): print(note)
     if config.dry_run: return plan(config, team.world) if team.main else None
+    team = Team(config.device)
+    if config.dry_run:
+        if team.main: check_inputs(settle(config, team.world), team); plan(config, team.world)
+        return None
     job, folder = open_run(config, team); say, config = print if team.main else lambda *_: None, job.config
     say(f'run folder {folder}\n{label(config)}, t_init {job.game.recipe.t_init:g}, device {team.device} x {team.world} process{"es"*(team.world > 1)}, precision {config.precision}, {job.prompts.report}')
     sheets = Sheets(job, folder); sheets(job.nimg)
