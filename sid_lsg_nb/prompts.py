@@ -9,23 +9,27 @@ __all__ = ['NAMES', 'ROWS', 'RECORD', 'MARKS', 'FIELD', 'NUMBER', 'FILE', 'READE
            'schema_kinds', 'batch_entries', 'parquet_kinds', 'parquet_entries', 'arrow_batches', 'arrow_kinds',
            'ending', 'reading', 'column_of', 'entries', 'one_line', 'write_arrow', 'Prompts', 'weight_of', 'stamp_of',
            'cached', 'is_note', 'find_files', 'file_entries', 'open_dataset', 'saved_dataset', 'dataset_entries',
-           'open_prompts', 'listed', 'hash_of', 'hashes_of', 'count_known']
+           'open_prompts', 'listed', 'hash_of', 'hashes_of', 'count_known', 'limits_of', 'count_longer', 'say_longer',
+           'bundled_words', 'strangers']
 
 # %% ../nbs/14_prompts.ipynb #402cd3c1
 import csv, gzip, hashlib, json, os, re, tarfile, textwrap, zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
 from pyarrow import parquet as pq
 from tqdm.auto import tqdm
 from .core import InputError
+from .denoiser import EMBEDDED
 
 # %% ../nbs/14_prompts.ipynb #7dffe1d3
 NAMES = 'prompt prompts caption captions text texts txt sentence sentences description descriptions'.split()
@@ -318,6 +322,9 @@ class Prompts(Sequence):
         if index.size and not 0 <= index.min() <= index.max() < len(self): raise IndexError(f'rows {index.min()} to {index.max()} of {len(self)} prompts')
         part = np.searchsorted(self._ends, index, side='right')
         return [self._parts[k][i].as_py() for k, i in zip(part.tolist(), (index - np.append(0, self._ends)[part]).tolist())]
+    def sizes(self)->np.ndarray: # [N]
+        "Bytes of each prompt"
+        return np.concatenate([pc.binary_length(p).to_numpy(zero_copy_only=False) for p in self._parts])
     @property
     def report(self)->str:
         "One line for people"
@@ -469,3 +476,44 @@ def count_known(
     mine = np.array([hash_of(c) for c in captions], np.uint64)
     at = np.searchsorted(hashes, mine).clip(max=len(hashes) - 1)
     return int((hashes[at] == mine).sum())
+
+# %% ../nbs/14_prompts.ipynb #0fd6d37f
+def limits_of(text)->dict[int, object]: # tokens that are read -> a tokenizer that counts them
+    "What the text encoder of a teacher reads; empty for one of classes"
+    if hasattr(text, 'clips'): # SD3: two of CLIP, and T5 if it is there
+        pairs = [(text.clips[0][0].model_max_length, text.clips[0][0])] + [(text.length, text.words3)]*(text.t5 is not None)
+    elif hasattr(text, 'tokenizers'): pairs = [(t.model_max_length, t) for t in text.tokenizers]
+    else: pairs = [(getattr(text, 'length', t.model_max_length), t) for t in [getattr(text, 'tokenizer', None)] if t]
+    return dict(pairs)
+def count_longer(
+    prompts:Prompts,
+    text, # the text encoder of a teacher
+    most:int=5_000, # prompts that are tokenised
+)->list[dict]: # per limit: tokens, longer (how many prompts), of (how many there are), tokenised (0: all that could be)
+    "How many prompts are longer than the text encoder reads"
+    out, sizes = [], prompts.sizes()
+    for tokens, tokenizer in limits_of(text).items():
+        maybe = np.flatnonzero(sizes + 8 > tokens)                     # a token takes a byte; the ends have marks of their own
+        some = maybe if len(maybe) <= most else np.random.default_rng(0).choice(maybe, most, replace=False)
+        words = [p if hasattr(text, 'clips') else p.lower() for p in prompts.many(some)]
+        ids = tokenizer(words, truncation=False, padding=False, verbose=False).input_ids if words else []
+        share = sum(len(i) > tokens for i in ids)/max(len(some), 1)
+        out.append(dict(tokens=tokens, longer=round(share*len(maybe)), of=len(prompts), tokenised=0 if len(some) == len(maybe) else most))
+    return out
+def say_longer(found:list[dict])->str:
+    "In words; empty if none was found"
+    def one(tokens, longer, of, tokenised):
+        how = f'about {longer:,} of {of:,} prompts (by {tokenised:,} of them)' if tokenised else f'{longer:,} of {of:,} prompts'
+        return f'{how} {"is" if longer == 1 else "are"} longer than the {tokens} tokens that the text encoder reads, the rest is cut off'
+    return '; '.join(one(**f) for f in found if f['longer'])
+
+# %% ../nbs/14_prompts.ipynb #03c4d393
+@lru_cache
+def bundled_words()->frozenset[str]:
+    "All words that the bundled teacher has seen"
+    return frozenset(re.findall(r'\w+', (EMBEDDED/'prompts.txt').read_text(encoding='utf-8').casefold()))
+def strangers(prompts:Sequence[str])->list[str]:
+    "Prompts most of whose words (those of one or two letters aside) the bundled teacher has never seen"
+    words = lambda p: [w for w in re.findall(r'\w+', p.casefold()) if len(w) > 2 and w not in ('the', 'and', 'with')]
+    known = lambda p: sum(w in bundled_words() for w in words(p))
+    return [p for p in prompts if 2*known(p) < len(words(p)) or not words(p)]
