@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'STYLE', 'PAGE', 'Subject', 'is_one_step', 'read_log', 'facts', 'open_run', 'subject', 'needs', 'fewer',
-           'protocol_for', 'asked', 'check_way', 'drawn', 'judge', 'must_write', 'free_file', 'pictures_of', 'evaluate',
-           'closing_rows', 'sound', 'score_tables', 'points', 'curve', 'alike', 'curves_of', 'key', 'card', 'table',
-           'png', 'picture_rows', 'page', 'is_file', 'prompts_of', 'teacher_of', 'check_page', 'compare']
+           'protocol_for', 'asked', 'check_way', 'drawn', 'judge', 'must_write', 'free_file', 'pictures_of',
+           'features_of', 'trained_on', 'say_trained', 'evaluate', 'closing_rows', 'sound', 'score_tables', 'points',
+           'curve', 'alike', 'curves_of', 'key', 'card', 'table', 'png', 'picture_rows', 'page', 'is_file',
+           'prompts_of', 'teacher_of', 'check_page', 'compare']
 
 # %% ../nbs/26_compare.ipynb #40e2a8d9
 import base64, html, io, json, math, os, re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+import numpy as np
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
@@ -22,10 +24,10 @@ from .conditioning import PromptStream, read_prompts
 from .denoiser import EMBEDDED
 from .edm import is_edm, load_edm
 from .teachers import open_student, open_teacher
-from .prompts import open_prompts
+from .prompts import count_known, hashes_of, open_prompts
 from .card import origin, protocol as told
-from .scores import INCEPTION, Images, fetch_inception, folder_images, generated
-from .protocols import PROTOCOLS, ClipScore, Protocol, Result, clip_score, comparable, find_protocol, load_result, reward, score_images
+from .scores import INCEPTION, Features, Images, bundled_features, fetch_inception, folder_images, generated
+from .protocols import PROTOCOLS, ClipScore, Protocol, Result, clip_score, comparable, find_protocol, load_result, plain_warnings, reward, score_images
 from .parallel import Team
 from .options import Compare, Evaluate
 from .settings import Config, label, saved_config
@@ -111,7 +113,7 @@ def asked(args:Evaluate, p:Protocol, own:list[str]|None=None)->tuple[list[str], 
     if not args.captions:
         if bundled is None: raise InputError(f'protocol {p.name!r} needs --captions FILE, one line per picture' + (f' ({p.captions})' if p.captions else ', to draw from; or give a folder of finished pictures'))
         return bundled, p
-    words = read_prompts(args.captions); n = args.n or p.n or len(words)
+    words = open_prompts(args.captions)[:]; n = args.n or p.n or len(words)
     if len(words) < n or not args.n and len(words) != n: raise InputError(f'{args.captions!r} holds {len(words):,} captions, protocol {p.name!r} wants {n:,}; give that many, or --n for fewer')
     return (words := words[:n]), p if bundled in (None, words) else replace(p, name=f'{p.name}-own-captions', captions=Path(args.captions).name)
 def check_way(s:Subject, steps:int|None=None, kappa:float|None=None):
@@ -159,7 +161,25 @@ def pictures_of(args:Evaluate, s:Subject, p:Protocol, device)->tuple[Images, Pro
         at = f' at {s.log[-1]["nimg"]:,} images' if s.log else ''
         return generated(draw, words, range(seed, seed + len(words)), args.batch, args.precision or 'fp32', f'{s.name}{at}, {how}'), p
     if (args.rewards or p.clip and args.clip != 'none') and not args.captions: raise InputError(f'protocol {p.name!r} compares pictures with captions; give --captions FILE, one line per picture, or --clip none')
-    return folder_images(s.path, read_prompts(args.captions) if args.captions else None, args.seed, args.precision or None), p
+    return folder_images(s.path, open_prompts(args.captions)[:] if args.captions else None, args.seed, args.precision or None), p
+def features_of(args:Evaluate, p:Protocol, team:Team)->tuple[Features|str|None, Protocol]:
+    "What `--inception` means; the protocol has another name if the bundled scorer takes Inception's place"
+    if args.inception != 'bundled': return args.inception or (team.first(lambda: str(fetch_inception())) if p.features == INCEPTION else None), p
+    features = bundled_features(device=team.device)
+    return features, p if p.features == features.name else replace(p, name=f'{p.name}-bundled-scorer', features=features.name)
+def trained_on(s:Subject, captions:list[str]|None)->int|None:
+    "How many captions the run of a student was trained on; None: not known"
+    if s.config is None or not captions: return None
+    try: return count_known(captions, np.load(s.home/'prompts.npy', allow_pickle=False))
+    except (OSError, ValueError): pass                                            # a run of an older version, or a file that was cut
+    try:
+        prompts = open_prompts(s.config.prompts or EMBEDDED/'prompts.txt', s.config.column); told = json.loads((s.home/'prompts.json').read_text(encoding='utf-8'))
+        return count_known(captions, hashes_of(prompts)) if told['sha256'] == prompts.sha256 else None
+    except (InputError, OSError, ValueError, TypeError, KeyError): return None
+def say_trained(known:int|None, n:int)->str:
+    "Whether a score is zero-shot, in words"
+    if known is None: return 'how many of the captions were trained on is not known here, nor whether the score is zero-shot'
+    return f'{known:,} of the {n:,} captions were trained on: ' + ('the score is not zero-shot' if known else 'the score is zero-shot')
 def evaluate(args:Evaluate)->Result: # the same in every process
     "Score, print one line, and keep it; of several processes each draws its share, the first one writes; raises `InputError` with nothing written"
     out, s = Path(args.out).expanduser(), subject(args.what); check_way(s, args.steps, args.kappa); p = protocol_for(args, s)
@@ -168,10 +188,13 @@ def evaluate(args:Evaluate)->Result: # the same in every process
     if args.batch < 1: raise InputError(f'batch {args.batch} must be at least 1')
     team = Team(args.device); device = team.device
     images, p = pictures_of(args, s, p, device); clip, p = judge(args.clip, p, device); judges = [reward(r, device) for r in args.rewards]
-    features = args.inception or (team.first(lambda: str(fetch_inception())) if p.features == INCEPTION else None)
-    r = score_images(images, p, reference=Path(args.reference).expanduser() if args.reference else None, features=features, clip=clip, rewards=judges, device=device, rank=team.rank, world=team.world, batch=args.batch)
+    features, p = features_of(args, p, team)
+    with plain_warnings(team.main): r = score_images(images, p, reference=Path(args.reference).expanduser() if args.reference else None, features=features, clip=clip, rewards=judges, device=device, rank=team.rank, world=team.world, batch=args.batch)
+    r = replace(r, trained_on=trained_on(s, images.captions))
     if team.main:
-        print(r.line()); r.save(file := out if args.out else free_file(s.home, p.name)); print(f'written to {file}')
+        print(r.line())
+        if s.kind == 'student' and images.captions: print(say_trained(r.trained_on, images.n))
+        r.save(file := out if args.out else free_file(s.home, p.name)); print(f'written to {file}')
     team.leave()
     return r
 
@@ -303,7 +326,7 @@ def is_file(text:str)->bool:
 def prompts_of(args:Compare, s:Subject)->list[str]:
     "The rows: given, from a file, or the first prompts of a run"
     if args.prompts:
-        given = [p for a in args.prompts for p in (read_prompts(a)[:args.n] if is_file(a) else [a.strip()]) if p]
+        given = [p for a in args.prompts for p in (open_prompts(a)[:args.n] if is_file(a) else [a.strip()]) if p]
         if not given: raise InputError('the prompts given are empty; put each in quotes')
         return given
     if s.config is None: raise InputError(f'{s.path!r} is no run folder and knows no prompts; give --prompts "a prompt" "another", or a text file')

@@ -35,11 +35,11 @@ class Evaluate:
     what: tyro.conf.Positional[str] # run folder, diffusers pipeline, "embedded", or a folder of pictures
     protocol: str = ''           # how to score, e.g. coco30k; default: tiny for students of the bundled teacher
     reference: str = ''          # the real pictures: a folder, or a file of statistics (npz, safetensors); tiny brings its own
-    captions: str = ''           # text file with one caption per picture, in their order; tiny brings its own
+    captions: str = ''           # one per picture, in their order: a text file, or whatever --prompts of distill takes; tiny brings its own
     n: int | None = None         # fewer pictures than the protocol wants; the result then gets a name of its own
     steps: int | None = None     # network steps; default: 1 for a one-step student, 25 with --kappa
     kappa: float | None = None   # draw as a many-step teacher with this guidance scale, by DPM-Solver++
-    inception: str = ''          # Inception as a TorchScript file; default: fetched once by clean-fid
+    inception: str = ''          # Inception as a TorchScript file, or "bundled" for the 32-pixel scorer; default: fetched once by clean-fid
     clip: str = ''               # "none", a file with the weights of the protocol's image-text model, or another open_clip MODEL/WEIGHTS; default: the protocol's, fetched once
     rewards: tuple[str, ...] = () # further judges: pickscore, imagereward, hpsv2=FILE, aesthetic=FILE
     out: str = ''                # JSON file, must not exist; default: the next free scores-PROTOCOL.json in the folder that is scored

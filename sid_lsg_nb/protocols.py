@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['PROTOCOLS', 'REWARDS', 'Protocol', 'find_protocol', 'differing', 'weights_sha', 'ClipScore', 'clip_score',
            'PickScore', 'Aesthetic', 'hps_preprocess', 'hpsv2', 'ImageReward', 'reward', 'Result', 'load_result',
-           'comparable', 'score_table', 'distances', 'score_images']
+           'comparable', 'score_table', 'plain_warnings', 'distances', 'score_images']
 
 # %% ../nbs/19_protocols.ipynb #6d945641
-import hashlib, json, warnings
+import hashlib, json, sys, warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
 from functools import partial
@@ -24,9 +25,9 @@ from torchvision.transforms.functional import normalize, pad, resize, to_tensor
 from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 from .core import InputError, atomic_write
-from .conditioning import read_prompts
 from .denoiser import EMBEDDED
 from .metrics import frechet
+from .prompts import open_prompts
 from .scores import INCEPTION, Cloud, Features, Images, Reference, View, bundled_features, cloud_of, folder_images
 from .scores import inception, kid, prdc, reference_of, share, sum_over_processes
 
@@ -196,6 +197,7 @@ class Result:
     protocol:Protocol # as it was run
     versions:dict[str, str]
     date:str # UTC
+    trained_on:int|None=None # how many of the captions the network was trained on; 0: zero-shot; None: not known
     def line(self)->str:
         "One line for the eye and for grep: numbers, then every field of the protocol, hashes cut to 8"
         p = asdict(self.protocol); show = lambda k, v: f'{k}={v[:8] if k.endswith("_sha") else ",".join(v) if k == "rewards" else repr(v) if " " in str(v) else v}'
@@ -226,6 +228,12 @@ def score_table(results:list[Result], ignore=())->str:
     return '\n'.join(cells + [results[0].line().partition(' | ')[2]])
 
 # %% ../nbs/19_protocols.ipynb #631dcbab
+@contextmanager
+def plain_warnings(main:bool=True): # main: is this the process that speaks?
+    "Warnings, also those of libraries, as one line each, said once"
+    with warnings.catch_warnings(record=True) as seen: yield
+    for text in dict.fromkeys(' '.join(str(w.message).split()) for w in seen):
+        if main: print(f'note: {text}', file=sys.stderr)
 def distances(
     cloud:Cloud,
     ref:Reference,
@@ -236,7 +244,10 @@ def distances(
     fd, kd = ('fid', 'kid') if p.features == INCEPTION else ('fd', 'kd')
     n, width = cloud.moments.n, len(cloud.moments.s)
     if n <= width: warnings.warn(f'{n} pictures for {width} features: the Fréchet distance is dominated by n; look at the kernel distance')
-    try: out = {fd: frechet(*cloud.moments.result(), ref.mu, ref.sigma)}
+    try:
+        with warnings.catch_warnings():
+            if n <= width: warnings.simplefilter('ignore')                                 # a library says the same as "matrix is singular"
+            out = {fd: frechet(*cloud.moments.result(), ref.mu, ref.sigma)}
     except ValueError as e:
         raise e if isinstance(e, InputError) else InputError(f'the Fréchet distance of {n} pictures in {width} features cannot be computed ({e}); score more pictures') from e
     if ref.kept is None or not len(cloud.kept): return out                                   # statistics alone
@@ -247,7 +258,7 @@ def distances(
 def _sources(images, p, captions, judged)->Images:
     images = images if isinstance(images, Images) else folder_images(images)
     if captions is not None:
-        captions = captions if isinstance(captions, list) else read_prompts(captions)
+        captions = captions if isinstance(captions, list) else open_prompts(captions)[:]
         if len(captions) != images.n:
             raise InputError(f'{len(captions)} captions for {images.n} pictures of {images.name}; give one per picture, in their order')
         images = replace(images, captions=captions)

@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['stop_flag', 'check_lora', 'networks', 'Job', 'find_prompts', 'timed', 'opponent', 'adversary_of', 'fingerprint',
            'check_inputs', 'setup', 'iterate', 'state_of', 'restore', 'one_config', 'newest_state', 'as_input',
-           'check_folder', 'require_space', 'open_run', 'student_name', 'ways_to_draw', 'Sheets', 'closing_table',
-           'feature_network', 'score_now', 'Diverged', 'Watch', 'save', 'follow', 'leave_house', 'go_back', 'train']
+           'check_folder', 'require_space', 'remember', 'open_run', 'student_name', 'ways_to_draw', 'Sheets',
+           'closing_table', 'feature_network', 'score_now', 'Diverged', 'Watch', 'save', 'follow', 'leave_house',
+           'go_back', 'train']
 
 # %% ../nbs/24_trainer.ipynb #3e3183a2
 import hashlib, json, shutil, signal, socket, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 from uuid import uuid4
+import numpy as np
 import torch
 from diffusers import ModelMixin
 from torch import nn
@@ -32,9 +35,9 @@ from .pipeline import save_student
 from .metrics import TINY_HEADER, Scorer, TinyScore, tiny_score
 from .checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
 from .card import write_card
-from .prompts import Prompts, listed, open_prompts
+from .prompts import Prompts, count_longer, hashes_of, listed, open_prompts, say_longer
 from .scores import Features, folder_images, bundled_features, generated, inception
-from .protocols import PROTOCOLS, score_images
+from .protocols import PROTOCOLS, plain_warnings, score_images
 from .edm import is_edm
 from .teachers import is_here, open_teacher
 from .parallel import Team, allow_tf32, cut_like, make_learner, precision_of, slices, versions, whole
@@ -100,7 +103,7 @@ def find_prompts(config:Config, team:Team)->Prompts|None: # None: the teacher br
     "Open the prompts, first in one process (which may have to build a cache), then in all"
     if not config.prompts and any(team.all_say(is_edm(config.teacher))): return None
     if config.teacher != 'embedded' and not config.prompts:
-        raise InputError(f'teacher {config.teacher!r} needs --prompts FILE (one prompt per line); public lists: the Aesthetics 6+ prompts named in the SiD-LSG README, DiffusionDB, or the captions of COCO')
+        raise InputError(f'teacher {config.teacher!r} needs --prompts FILE; public lists: the Aesthetics 6+ prompts named in the SiD-LSG README, or DiffusionDB. Leave out captions that you will be scored on: a zero-shot score is one on captions that were never trained on')
     look = lambda: open_prompts(config.prompts or EMBEDDED/'prompts.txt', config.column)
     team.first(lambda: look().report); prompts = team.agreed(look); team.same({'the sha256 of the prompts': prompts.sha256})
     if config.column and not prompts.column: raise InputError(f'--column {config.column} says nothing about a text file, where every line is a prompt; leave it away')
@@ -214,13 +217,20 @@ def require_space(job:Job, folder:Path):
     nets = [l.net for l in job.learners.values()]; moments = sum(p.numel()*p.element_size()*job.config.bits//32 for n in nets for p in n.parameters() if p.requires_grad)
     need, free = moments + sum(v.numel()*v.element_size() for n in (*nets, job.ema.net) for v in n.state_dict().values()), shutil.disk_usage(folder).free
     if free < need: raise InputError(f'{folder} has {free/2**30:.3g} GiB free, and one checkpoint takes {need/2**30:.3g}; free some space, or give --out on another disk')
+def remember(job:Job, folder:Path):
+    "Keep what the prompts are: in words in prompts.json, and a hash of each in prompts.npy, for `evaluate` to say what was trained on"
+    p, c = job.prompts, job.config; longer = count_longer(p, job.teacher.text)
+    told = dict(source=c.prompts or c.teacher, report=p.report, sha256=p.sha256, column=p.column, first=p[0][:300], longer=longer)
+    np.save(hashes := BytesIO(), hashes_of(p), allow_pickle=False); atomic_write(folder/'prompts.npy', hashes.getvalue())
+    atomic_write(folder/'prompts.json', json.dumps(told, indent=1, ensure_ascii=False) + '\n')
+    if longer := say_longer(longer): print(longer)
 def open_run(config:Config, team:Team|None=None)->tuple[Job, Path]: # the job, its folder
     "A new run, or one to go on with; raises `InputError` for input that cannot work"
     team = team or Team(config.device); config = one_config(config, team); say = print if team.main else lambda *_: None
     folder = team.first(lambda: resume_folder(config))
     if folder is None:
         job = setup(config, team); folder = team.first(lambda: run_folder(config)); check_folder(job, folder)
-        if team.main: atomic_write(folder/'prompts.json', json.dumps(dict(source=config.prompts or config.teacher, report=job.prompts.report, sha256=job.prompts.sha256), indent=1) + '\n')
+        team.first(lambda: remember(job, folder))
         return job, folder
     changed = team.first(lambda: differences(saved_config(folder), config))
     try: name, state = newest_state(folder, team)
@@ -275,7 +285,8 @@ def score_now(job:Job)->dict:
     features = feature_network(c.inception, str(team.device)); protocol = replace(PROTOCOLS['folder-vs-folder'], name='during the run', n=c.n_eval, features=features.name, subset_size=min(1000, c.n_eval))
     images = generated(draw, PromptStream(job.prompts, c.seed).take(c.n_eval), range(c.seed, c.seed + c.n_eval), c.micro)
     shard = dict(world=team.world, rank=team.rank) if not c.shard else {}               # slices have to be asked by all together
-    return {k: round(v, 5) for k, v in score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard).values.items()}
+    with plain_warnings(team.main): r = score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard)
+    return {k: round(v, 5) for k, v in r.values.items()}
 
 # %% ../nbs/24_trainer.ipynb #f7b05968
 class Diverged(RunError): "The run went wrong for too long; the last good state is on disk"
@@ -344,7 +355,7 @@ def train(config:Config=Config())->Path|None: # the run folder
         if team.main: check_inputs(settle(config, team.world), team); plan(config, team.world)
         return None
     job, folder = open_run(config, team); say, config = print if team.main else lambda *_: None, job.config
-    say(f'run folder {folder}\n{label(config)}, t_init {job.game.recipe.t_init:g}, device {team.device} x {team.world} process{"es"*(team.world > 1)}, precision {config.precision}, {job.prompts.report}')
+    say(f'run folder {folder}\n{label(config)}, t_init {job.game.recipe.t_init:g}, device {team.device} x {team.world} process{"es"*(team.world > 1)}, precision {config.precision}, {job.prompts.report}\n{job.prompts.preview}')
     sheets = Sheets(job, folder); sheets(job.nimg)
     try: stopped = follow(job, folder, sheets)
     except Diverged as e:
