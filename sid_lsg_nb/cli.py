@@ -15,7 +15,7 @@ from .settings import PRESETS, USUAL, Config, check, resume_folder, saved_config
 from .status import status
 
 # %% auto #0
-__all__ = ['COMMANDS', 'free_folder', 'trained_steps', 'sample', 'several', 'flag', 'pipeline_name', 'usual_preset',
+__all__ = ['COMMANDS', 'free_folder', 'run_around', 'say_strangers', 'sample', 'several', 'flag', 'pipeline_name', 'usual_preset',
            'defaults_of', 'tell_status', 'command_of', 'parse', 'quiet', 'read', 'tell', 'main']
 
 # %% ../nbs/28_cli.ipynb #9fa26b7b
@@ -26,24 +26,29 @@ def free_folder(root:str)->Path:
     return folder
 
 # %% ../nbs/28_cli.ipynb #c8881af7
-def trained_steps(student:str)->int:
-    "What the run's config says; 1 where there is no run around the generator"
+def run_around(student:str)->Config:
+    "The settings of the run that a generator belongs to; those of no run where there is none"
     path = Path(student).expanduser(); run = path.parent if path.name == 'generator' else path
-    try: return saved_config(run).steps
-    except (InputError, ValueError, TypeError): return 1
+    try: return saved_config(run)
+    except (InputError, ValueError, TypeError): return Config(teacher='unknown')
+def say_strangers(prompts:list[str]):
+    "One line if prompts are made of words that the bundled teacher has never seen"
+    from sid_lsg_nb.prompts import strangers
+    if new := strangers(prompts): print(f'note: the bundled teacher knows some emoji on plain grounds; most words of {len(new)} of {len(prompts)} prompt(s) are new to it, as in {new[0][:80]!r}, and will not be seen')
 def sample(args:Sample)->Path: # the folder
     "Draw, save, and say where; raises `InputError` before anything is written"
     from PIL import Image
     from tqdm.auto import tqdm
-    from sid_lsg_nb.conditioning import read_prompts
+    from sid_lsg_nb.prompts import open_prompts
     from sid_lsg_nb.teachers import open_student
-    prompts = [*args.text, *(read_prompts(args.prompts) if args.prompts else [])]
+    prompts = [*args.text, *(open_prompts(args.prompts) if args.prompts else [])]
     if not prompts: raise InputError('no prompt given; add one in quotes: sid-lsg sample RUN "a 3d fox on a white background", or --prompts FILE')
-    steps = trained_steps(args.student) if args.steps is None else args.steps
+    run = run_around(args.student); steps = run.steps if args.steps is None else args.steps
     if steps < 1 or args.batch < 1: raise InputError(f'steps {steps} and batch {args.batch} must be at least 1')
     folder = Path(args.out).expanduser() if args.out else free_folder('pictures')
     if folder.exists(): raise InputError(f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N')
     student = open_student(args.student, pick_device(args.device))
+    if run.teacher == 'embedded': say_strangers(prompts)
     folder.mkdir(parents=True); every = []
     for i in tqdm(range(0, len(prompts), args.batch), unit='batch', disable=len(prompts) <= args.batch):
         every.append(student(prompts[i:i + args.batch], range(args.seed + i, args.seed + min(i + args.batch, len(prompts))), steps).cpu())

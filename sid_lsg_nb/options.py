@@ -17,7 +17,7 @@ class Sample:
     "Draw pictures with a distilled generator, one network step each"
     student: tyro.conf.Positional[str]              # run folder, or the generator/ inside it
     text: tyro.conf.Positional[tuple[str, ...]] = () # prompts, each in quotes
-    prompts: str = ''   # text file with one prompt per line, instead of or after those
+    prompts: str = ''   # file of prompts, as --prompts of distill, instead of or after those
     out: str = ''       # folder for the pictures, must not exist; default: the next free pictures/N
     seed: int = 0       # picture i uses seed + i
     steps: int | None = None # network steps; default: as many as the generator was trained for
