@@ -20,6 +20,8 @@ from .denoiser import find_pipeline, pipeline_class
 from .edm import is_edm
 from .reader import import_student
 from .export import add_variant, export_onnx, save_lora, single_file, start
+from .single import is_single_file
+from .teachers import open_teacher
 from .card import push, write_card
 from .protocols import load_result
 from .options import Export, Import
@@ -63,10 +65,11 @@ def to_lora(args:Export, s:Subject)->list[str]:
     base = args.base or (s.config.teacher if s.config else '')
     if not base: raise InputError(f'{args.run!r} is no run folder and does not say what it was distilled from; give --base MODEL')
     if args.rank < 1: raise InputError(f'rank {args.rank} must be at least 1')
-    out = where_to(args, s, '-lora'); where = find_pipeline(base)
-    r = save_lora(base, s.path, out, args.rank, DTYPES[args.dtype], args.kohya, pick_device(args.device)); worst = max(r['layers'], key=r['layers'].get)
+    out = where_to(args, s, '-lora'); one = is_single_file(base); where = base if one else find_pipeline(base)
+    opened = open_teacher(base, prediction_type=(s.config.prediction_type if s.config else '') or 'epsilon') if one else base     # only its weights are compared
+    r = save_lora(opened, s.path, out, args.rank, DTYPES[args.dtype], args.kohya, pick_device(args.device)); worst = max(r['layers'], key=r['layers'].get)
     return [f'{out}: {size_of(out)}, {args.dtype}, rank {r["rank"]}' + (', with kohya.safetensors' if args.kohya else '') + f'; relative error of the change in the weights {r["error"]:.3f} (worst: {r["layers"][worst]:.3f}, {worst}), {r["left_out"]:.2%} of the squared change is in biases and norms and stays behind; all layers in report.json',
-            f"from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline; pipe = StableDiffusionPipeline.from_pretrained({where!r}); pipe.load_lora_weights({str(out)!r}, weight_name='pytorch_lora_weights.safetensors')",
+            f"from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline; pipe = StableDiffusionPipeline.{'from_single_file' if one else 'from_pretrained'}({where!r}); pipe.load_lora_weights({str(out)!r}, weight_name='pytorch_lora_weights.safetensors')",
             f"pipe.scheduler = EulerDiscreteScheduler.from_pretrained({str(out/'scheduler')!r}); image = pipe('a prompt', num_inference_steps=1, guidance_scale=0).images[0]"]
 def to_onnx(args:Export, s:Subject)->list[str]:
     "The whole way from noise to picture as one graph"
