@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from .core import DISAGREEMENT, InputError, RunError, atomic_write, rng
 from .conditioning import PromptStream
 from .schedule import DiscreteSchedule
+from .parts import say_once
 from .denoiser import EMBEDDED, Denoiser, Teacher
 from .generator import SIGMA_INIT
 from .optim import EMA, make_adam
@@ -141,7 +142,7 @@ def check_inputs(config:Config, team:Team):
         if not checkpoints(folder/'checkpoints'): raise InputError(f'cannot resume: {str(folder)!r} holds no checkpoint; start a new run')
     else: check_out(config)
     if not is_here(config.teacher):
-        find_prompts(config, team); print(f'teacher {config.teacher!r} is not on this machine; what it holds is checked when it is fetched')
+        find_prompts(config, team); say_once(f'teacher {config.teacher!r} is not on this machine; what it holds is checked when it is fetched')
         return
     find_prompts(config, team); teacher = open_teacher(config.teacher, 'meta', prediction_type=config.prediction_type)
     timed(config, teacher); check_lora(config, teacher)
@@ -352,7 +353,8 @@ def train(config:Config=Config())->Path|None: # the run folder
     team = Team(config.device); team.agreed(lambda: check(config))
     for note in team.notes if team.main else (): print(note)
     if config.dry_run:
-        if team.main: check_inputs(settle(config, team.world), team); plan(config, team.world)
+        check_inputs(settle(config, team.world), team)
+        if team.main: plan(config, team.world)
         return None
     job, folder = open_run(config, team); say, config = print if team.main else lambda *_: None, job.config
     say(f'run folder {folder}\n{label(config)}, t_init {job.game.recipe.t_init:g}, device {team.device} x {team.world} process{"es"*(team.world > 1)}, precision {config.precision}, {job.prompts.report}\n{job.prompts.preview}')
