@@ -24,7 +24,7 @@ __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SI
 class Config:
     "Settings of one distillation run"
     preset: str = 'embedded'       # row of the preset table that the other settings start from (on the command line that of the teacher's family if another teacher is given)
-    teacher: str = 'embedded'      # "embedded", a folder or hub id of a diffusers pipeline, or an EDM network (.pkl or folder)
+    teacher: str = 'embedded'      # "embedded", a folder or hub id of a diffusers pipeline, one .safetensors or .ckpt file of Stable Diffusion or SDXL, or an EDM network (.pkl or folder)
     prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample'] = '' # what the teacher's network predicts, where its files do not say so or are wrong; default: as they say
     prompts: str = ''              # .txt, .jsonl, .csv, .parquet (also .gz), a folder of them, or a dataset's name; the embedded teacher and EDM networks bring their own
     column: str = ''               # where the prompts are, in a table with several columns of text
