@@ -180,7 +180,7 @@ PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLI
     'sd15-short-0.5':                (SD15,  'short', 0.5,   8_806,  None, None, {}),   # our reading of "short"
     'sd21-long-2':                   (SD21,  'long',  2.0,   9_728,  None, None, {}),
     'sd21-short-0.5':                (SD21,  'short', 0.5,   9_728,  None, None, {}),
-    'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(precision='pure-fp16', clip=1.)),   # the official --fp16 1: eps 1e-6 comes with the precision
+    'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(precision='pure-fp16', clip=1.)),   # ours: weights in 16 bits and eps 1e-6 as the official --fp16 1, which has no EMA and another kappa
     'sd21-768-lsg-1.5':              ('stabilityai/stable-diffusion-2-1', 'lsg', 1.5, 9_728, None, None, dict(checkpointing=True, micro=2)),   # predicts v, 768 pixels
     'sd15-zero-4step':               (SD15,  'zero',  1.0,   8_806,  None, None, dict(steps=4)),   # Zero-CFG of few-step SiD (2505.12674), without its GAN term
     'sd15-anti-4step':               (SD15,  'anti',  1.0,   8_806,  None, None, dict(steps=4)),   # Anti-CFG; its scale is our guess
