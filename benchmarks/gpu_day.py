@@ -14,8 +14,8 @@ from importlib import metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WHEELS = ('diffusers open_clip_torch ftfy wcwidth clean-fid fastcore plum-dispatch beartype tyro typeguard docstring-parser datasets dill==0.4.0 '
-          'multiprocess==0.70.18').split()              # pure Python: any wheel of them fits any Python 3
+WHEELS = ('diffusers importlib_metadata zipp open_clip_torch ftfy wcwidth clean-fid fastcore tyro typeguard docstring-parser datasets dill==0.4.0 '
+          'multiprocess==0.70.18').split()              # 12 MB; multiprocess has a wheel per Python: say which with --python
 NEEDED = 'torch torchvision diffusers transformers accelerate peft open_clip_torch clean-fid scipy numpy tyro safetensors pyarrow datasets'.split()
 PARTS = dict(where=15, right=115, fast=175, small=45, many=45, whole=70, real=75)      # name: seconds of nine minutes
 GOALS = dict(losses=1e-4, ratio=1.05, official=2., official_bf16=4., peak=.1)
@@ -472,13 +472,16 @@ def deterministic(words:list[str])->int:
     from sid_lsg_nb.cli import main as cli
     return cli(words)
 
-def wheels(folder:str)->int: return subprocess.call([sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '-d', folder, *WHEELS])
+def wheels(folder:str, python:str)->int:
+    "Fetch the wheels, for that Python"
+    return subprocess.call([sys.executable, '-m', 'pip', 'download', '--no-deps', '--only-binary=:all:', '--python-version', python, '-d', folder, *WHEELS])
 
 def main(argv:list[str])->int:
     if argv[:1] == ['deterministic']: return deterministic(argv[1:])
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     a.add_argument('command', nargs='?', default='all', choices=['all', 'ranks', 'wheels', *PARTS], help='a part: in this process, for those who look for a fault')
     a.add_argument('place', nargs='?', help='of wheels: where to')
+    a.add_argument('--python', default='.'.join(map(str, sys.version_info[:2])), help='of wheels: the Python there, such as 3.12')
     a.add_argument('--minutes', type=float, default=9., help='all parts end within')
     a.add_argument('--only', nargs='+', choices=PARTS, help='these parts, with all the minutes')
     a.add_argument('--seconds', type=float, default=600., help='of one part')
@@ -489,7 +492,7 @@ def main(argv:list[str])->int:
     a.add_argument('--state', default='', help='folder of the state-*.bin of an earlier day, to go on with the real data')
     a.add_argument('--pieces', type=int, default=1, help='state-*.bin files of 15 MiB that may be left in --out')
     o = a.parse_args(argv)
-    if o.command == 'wheels': return wheels(o.place or 'wheels')
+    if o.command == 'wheels': return wheels(o.place or 'wheels', o.python)
     if o.command == 'all': return everything(o)
     return ranks(o) if o.command == 'ranks' else part(o)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING: from sid_lsg_nb.distill import Recipe
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
            'PRESETS', 'USUAL', 'FIXED', 'Config', 'kappas', 'check', 'check_together', 'settle', 'recipe_of', 'label',
            'published', 'check_out', 'run_folder', 'saved_config', 'resume_folder', 'differences', 'shapes_of',
-           'weights_in', 'plan']
+           'weights_in', 'how_long', 'plan']
 
 # %% ../nbs/22_settings.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -253,8 +253,22 @@ def weights_in(folder:Path)->int:
     for file in folder.glob('*.safetensors'):
         with safe_open(file, 'pt') as f: count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
     return count
+def how_long(
+    config:Config, # settled: see `settle`
+    card:str, # as PyTorch names it
+    rows:list[dict], # measurements: card, date, img_per_s, and the settings of a `Bench`
+)->str: # '' where nothing was measured
+    "How long the training itself takes on a card, from what was measured on such a card with these settings"
+    same = ('micro', 'precision', 'tf32', 'sequential', 'checkpointing', 'lora', 'bits', 'ema_device', 'compile', 'channels_last') + ('rank',)*(config.lora != 'none')
+    wanted = {k: getattr(config, k) for k in same} | dict(teacher={SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher), guided=kappas(config) != Kappa())
+    for r in rows:
+        if r['card'] != card or wanted != {k: r['settings'][k] for k in ('teacher', *same)} | dict(guided=r['settings']['kappa'] != 1): continue
+        return f'time: about {config.nimg/r["img_per_s"]/3600:.3g} hours of training on one {card} ({r["img_per_s"]:g} images/s, measured {r["date"]}); sheets, checkpoints and scores come on top'
+    return ''
 def plan(config:Config, world:int=1):
     "Print what a run with these settings would do; raises `InputError` as the run would"
+    import torch
+    from sid_lsg_nb.denoiser import EMBEDDED
     from sid_lsg_nb.memory import budget, meta_unet, print_budget
     config = settle(config, world); micro, cuts, k, shapes = config.micro, config.rounds, kappas(config), shapes_of(config.teacher)
     print('\n'.join(f'{k:>18} = {v!r}' for k, v in asdict(config).items()))
@@ -262,6 +276,7 @@ def plan(config:Config, world:int=1):
     if shapes is None: print(f'memory: unknown for this kind of teacher, or before {config.teacher!r} is fetched')
     else: print_budget('memory per process, counted from shapes; workspaces come on top' + (' (before sharding)' if config.shard else '') + ':', budget(meta_unet(shapes[0]), *shapes[1:], micro=micro, precision=config.precision, guided=k != Kappa(),
         sequential=config.sequential or config.lora != 'none', checkpointing=config.checkpointing, lora=config.lora, rank=config.rank, ema_device=config.ema_device, vae_rests=config.vae_rests, bits=config.bits))
+    if world == 1 and config.device != 'cpu' and torch.cuda.is_available() and (told := how_long(config, torch.cuda.get_device_name(), json.loads((EMBEDDED/'speeds.json').read_text()))): print(told)
     where = config.resume or config.out or f'runs/{config.preset}-N'
     print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.nimg//config.log_every:,} lines), curves.png, samples/ ({config.nimg//config.sample_every + 1:,} sheets), checkpoints/ (the last {config.keep}), generator/ (a diffusers pipeline with its model card)'
           + (', scores.json' if config.teacher == 'embedded' and config.n_eval else ''))
