@@ -147,12 +147,13 @@ def distil(o, work:Path, *flags)->subprocess.Popen:
     n, batch = (16, 4) if o.tiny else (320, 16)
     words = f'--device {o.device} --nimg {n} --batch {batch} --log-every {batch} --checkpoint-every {batch} --sample-every {n} --n-eval 0 --teacher-steps 2'.split()
     env = dict(os.environ, CUBLAS_WORKSPACE_CONFIG=':4096:8')
-    return subprocess.Popen([sys.executable, __file__, 'deterministic', 'distill', *words, *flags], cwd=work, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(work/f'{flags[-1]}.log', 'w') as log:
+        return subprocess.Popen([sys.executable, str(HERE/'gpu_day.py'), 'deterministic', 'distill', *words, *flags], cwd=work, env=env, stdout=log, stderr=log)
 
-def ended(p:subprocess.Popen, seconds:float):
-    try: said = p.communicate(timeout=max(5, seconds))[0]
+def ended(p:subprocess.Popen, log:Path, seconds:float):
+    try: p.wait(max(5, seconds))
     except subprocess.TimeoutExpired: p.kill(); raise
-    if p.returncode: raise RuntimeError(said[-3000:])
+    if p.returncode: raise RuntimeError(log.read_text()[-3000:])
 
 def killed(r:Report):
     "kill -9 in the middle, resume: bit-equal to the run that nobody disturbed"
@@ -161,14 +162,14 @@ def killed(r:Report):
     with tempfile.TemporaryDirectory() as home:
         work = Path(home); whole, other = distil(r.o, work, '--out', 'whole'), distil(r.o, work, '--out', 'killed')
         while other.poll() is None and not any(int(p.name) for p in (work/'killed/checkpoints').glob('[0-9]*')): time.sleep(.01)
-        other.kill(); other.communicate(); cut = not (work/'killed/generator').exists()
-        ended(distil(r.o, work, '--resume', 'killed'), r.left()); ended(whole, r.left())
+        other.kill(); other.wait(); cut = not (work/'killed/generator').exists()
+        ended(distil(r.o, work, '--resume', 'killed'), work/'killed.log', r.left()); ended(whole, work/'whole.log', r.left())
         a, b = (load_file(work/k/'generator/unet/diffusion_pytorch_model.safetensors') for k in ('whole', 'killed'))
         r.add(killed_in_time=cut, resumed_bit_equal=all(torch.equal(a[k], b[k]) for k in a))
 
 def right(r:Report):
     "Losses against the CPU's, every way to compute, no hidden waits, kill -9"
-    n = 3 if r.o.tiny else 20
+    n = 2 if r.o.tiny else 20
     with r.attempt('losses'):
         here, plain = (losses(bundled(r.o, lr=1e-6, lr_fake=1e-6, device=d), n)[0] for d in ('cpu', r.o.device))
         apart = ((plain - here).abs()/here.abs()).amax(1).tolist()
@@ -453,11 +454,11 @@ def one(o, name:str, seconds:float):
     if found['status'] == 'running': file.write_text(json.dumps(found | dict(status=said, exit=p.returncode), indent=1) + '\n')
 
 def everything(o):
-    "The parts in order; time that one leaves goes to the next"
+    "The parts in order; time that one leaves goes to the next (a rehearsal, on a busy machine, may take all there is)"
     out = Path(o.out); out.mkdir(parents=True, exist_ok=True); names = [n for n in PARTS if n in (o.only or PARTS)]; end = time.monotonic() + 60*o.minutes
     for name in names: (out/f'{name}.json').unlink(missing_ok=True)
     for i, name in enumerate(names):
-        share = PARTS[name]/sum(PARTS[n] for n in names[i:]); print(f'== {name}', flush=True)
+        share = 1 if o.tiny else PARTS[name]/sum(PARTS[n] for n in names[i:]); print(f'== {name}', flush=True)
         one(o, name, max(5., share*(end - time.monotonic()) - 2))
     bad = 0
     for name in names:

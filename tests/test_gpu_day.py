@@ -9,7 +9,7 @@ def script(name):
     return m
 
 def test_every_part_runs(tmp_path):
-    words = ['--device', 'cpu', '--tiny', '--minutes', '12', '--pieces', '7', '--out', tmp_path/'day', '--folder', tmp_path/'data']
+    words = ['--device', 'cpu', '--tiny', '--minutes', '14', '--pieces', '7', '--out', tmp_path/'day', '--folder', tmp_path/'data']
     done = subprocess.run([sys.executable, HERE/'gpu_day.py', *words], cwd=tmp_path, capture_output=True, text=True, timeout=900)
     found = {f.stem: json.loads(f.read_text()) for f in (tmp_path/'day').glob('*.json')}
     assert {k: v['status'] for k, v in found.items()} == dict.fromkeys(script('gpu_day').PARTS, 'done'), (done.stdout[-4000:], done.stderr[-2000:])
