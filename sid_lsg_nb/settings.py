@@ -15,9 +15,9 @@ if TYPE_CHECKING: from sid_lsg_nb.distill import Recipe
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
-           'PRESETS', 'USUAL', 'FIXED', 'Config', 'kappas', 'check', 'check_together', 'settle', 'recipe_of', 'label',
-           'published', 'check_out', 'run_folder', 'saved_config', 'resume_folder', 'differences', 'shapes_of',
-           'weights_in', 'how_long', 'plan']
+           'PRESETS', 'USUAL', 'FIXED', 'Config', 'kappas', 'check', 'at_length', 'check_together', 'settle',
+           'recipe_of', 'label', 'published', 'check_out', 'run_folder', 'saved_config', 'resume_folder', 'differences',
+           'shapes_of', 'weights_in', 'how_long', 'plan']
 
 # %% ../nbs/22_settings.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Config:
     real: str = ''                 # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
     gan_push: float = 1e-4         # of the adversary: the generator's reward beside its loss (published: 0.01 beside 100)
     gan_learn: float = 1.0         # the discriminator's loss beside the fake's
-    gan_rests: int = 100_000       # images until which the generator rests
-    gan_begins: int = 200_000      # images after which it is rewarded
+    gan_rests: int | None = None   # images until which the generator rests; default: a tenth of the run, at most the published 100,000
+    gan_begins: int | None = None  # images after which it is rewarded; default: a fifth of the run, at most the published 200,000
     gan_layer: str = ''            # of the fake's network; default: its deepest
     p_drop: float = 0.1            # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
     nimg: int = 8_800              # images to train on
@@ -113,13 +113,18 @@ def check(config:Config)->Config:
     must(config.nimg >= config.batch, f'nimg {config.nimg} is less than one batch of {config.batch}; give a larger nimg')
     must(0 <= config.p_drop < 1, f'p_drop {config.p_drop} must lie in [0, 1)')
     for k in ('lr', 'lr_fake', 'eps', 'clip', 'alarm'): must((v := getattr(config, k)) is None or math.isfinite(v) and v > 0, f'{k} {v} must be a positive number')
-    for k in ('ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_push', 'gan_learn', 'gan_rests', 'gan_begins'): must(getattr(config, k) >= 0, f'{k} {getattr(config, k)} must not be negative')
+    for k in ('ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_push', 'gan_learn', 'gan_rests', 'gan_begins'): must((getattr(config, k) or 0) >= 0, f'{k} {getattr(config, k)} must not be negative')
     for k in ('log_every', 'sample_every', 'checkpoint_every', 'keep', 'teacher_steps', 'patience', 'rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_together(config)
     kappas(config)
     recipe_of(config, float(config.t_init or 625))                            # what the times mean is the teacher's matter
     return config
+def at_length(config:Config)->Config:
+    "The config with what depends on the length of the run worked out"
+    if not config.real: return config
+    rests, begins = min(100_000, config.nimg//10), min(200_000, config.nimg//5)            # SiDA's, as far as the run is long enough
+    return replace(config, gan_rests=rests if config.gan_rests is None else config.gan_rests, gan_begins=begins if config.gan_begins is None else config.gan_begins)
 def check_together(config:Config):
     "Raise `InputError` for settings that exclude each other"
     apart = [('lora', 'pure precision', config.lora != 'none' and config.precision.startswith('pure'), 'take fp16 or bf16: the shared weights are in 16 bits anyway'),
@@ -132,7 +137,8 @@ def check_together(config:Config):
     if config.eval_every and config.teacher != 'embedded' and not config.eval_reference: raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
     for given, what in ((config.eval_reference, 'eval-reference'), (config.real, 'real'), (config.inception, 'inception')):
         if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what != 'inception' else f'--{what} {given} does not exist; leave it away to have it fetched')
-    for when, what in ((config.gan_rests, 'rests: the generator would rest'), (config.gan_begins, 'begins: it would go unrewarded')):
+    timed = at_length(config)
+    for when, what in ((timed.gan_rests, 'rests: the generator would rest'), (timed.gan_begins, 'begins: it would go unrewarded')):
         if config.real and when >= config.nimg: raise InputError(f'--gan-{what} for the whole run of {config.nimg:,} images; give a number below {config.nimg:,}, or a larger --nimg')
     if config.track != 'none' and importlib.util.find_spec(config.track) is None: raise InputError(f'--track {config.track} needs the package; pip install {config.track}')
 def settle(config:Config, world:int=1)->Config:
@@ -140,7 +146,7 @@ def settle(config:Config, world:int=1)->Config:
     from sid_lsg_nb.parallel import divide
     check(config); batch, micro, rounds = divide(config.batch, config.micro, config.rounds, world)
     if config.nimg < batch: raise InputError(f'nimg {config.nimg} is less than one batch of {batch}; give a larger nimg')
-    return replace(config, batch=batch, micro=micro, rounds=rounds)
+    return replace(at_length(config), batch=batch, micro=micro, rounds=rounds)
 def recipe_of(config:Config, t_init:int|float, usual:tuple=(20, 980))->Recipe: # usual: the schedule's [t_min, t_max); of a table by default
     "The part of the config that the method sees"
     from sid_lsg_nb.distill import Recipe
@@ -214,7 +220,7 @@ def run_folder(config:Config)->Path:
         while (folder := Path('runs')/f'{config.preset}-{n}').exists(): n += 1
         folder.mkdir(parents=True)
     (folder/'samples').mkdir()
-    atomic_write(folder/'config.json', json.dumps(asdict(config), indent=1) + '\n')
+    atomic_write(folder/'config.json', json.dumps(asdict(at_length(config)), indent=1) + '\n')
     return folder
 
 # %% ../nbs/22_settings.ipynb #4d568a03
