@@ -7,12 +7,16 @@ from __future__ import annotations
 import os, shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:                                                      # named in signatures only
     import numpy as np
     import torch
     from PIL import Image
     from torch import Tensor
+else:                                                                  # so that the documentation can read them
+    Tensor = TypeVar('Tensor')
+    torch, np, Image = SimpleNamespace(device='device', Generator='Generator'), SimpleNamespace(ndarray='ndarray'), SimpleNamespace(Image='Image')
 
 # %% auto #0
 __all__ = ['Cond', 'HOST', 'DISAGREEMENT', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng', 'noise_for',

@@ -6,9 +6,10 @@
 from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from .core import Cond, InputError, cond_cat, cond_expand
 if TYPE_CHECKING: from torch import Tensor
+else: Tensor = TypeVar('Tensor')
 
 # %% auto #0
 __all__ = ['guide', 'guided', 'Kappa']

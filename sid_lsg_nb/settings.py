@@ -7,11 +7,12 @@ from __future__ import annotations
 import importlib.util, json, math
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 from .core import InputError, atomic_write
 from .guidance import Kappa
 from .checkpoint import checkpoints
 if TYPE_CHECKING: from sid_lsg_nb.distill import Recipe
+else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
