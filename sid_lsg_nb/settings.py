@@ -238,7 +238,7 @@ def run_folder(config:Config)->Path:
     folder = new_folder(config)
     for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()                           # of an attempt that reached no checkpoint
     (folder/'samples').mkdir(exist_ok=True)
-    atomic_write(folder/'config.json', json.dumps(asdict(replace(config, resume='')), indent=1) + '\n')
+    atomic_write(folder/'config.json', json.dumps(asdict(at_length(replace(config, resume=''))), indent=1) + '\n')
     return folder
 
 # %% ../nbs/22_settings.ipynb #ccd88018
