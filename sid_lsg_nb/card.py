@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARD', 'USE', 'USE_EDM', 'LSG', 'SIM', 'BY', 'origin', 'inherited_license', 'table', 'protocol', 'score_section',
-           'prompts_line', 'versions', 'card_data', 'model_card', 'beginning', 'whole_lines', 'write_card', 'push']
+           'prompts_line', 'versions', 'card_data', 'model_card', 'beginning', 'write_card', 'push']
 
 # %% ../nbs/17_card.ipynb #9368df49
 import hashlib, json, math, platform, re, shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub as hub
 from huggingface_hub.utils import HfHubHTTPError
 from . import __version__
-from .core import DISAGREEMENT, InputError, atomic_write
+from .core import DISAGREEMENT, InputError, atomic_write, read_json, read_json_or, read_rows
 from .denoiser import EMBEDDED
 
 # %% ../nbs/17_card.ipynb #f5d9cb8f
@@ -174,13 +174,6 @@ def beginning(folder)->tuple[str, float|None, float|None]: # class of the pipeli
     if not betas: return kind, None, None
     kept = math.prod(1 - b for b in betas)
     return kind, len(betas) - 1, math.sqrt((1 - kept)/kept) if kept > 0 else math.inf
-def whole_lines(log:str)->list[dict]:
-    "The lines of log.jsonl; one that a full disk or a crash has torn is left out"
-    rows = []
-    for line in log.splitlines():
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError: pass
-    return rows
 def write_card(
     run, # a run folder, with generator/ in it
     title:str|None=None, # default: the run's name
@@ -191,10 +184,10 @@ def write_card(
     run = Path(run).expanduser(); folder, sheets = run/'generator', sorted((run/'samples').glob('[0-9]*.png'))
     if not (run/'config.json').is_file(): raise InputError(f'{str(run)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
     kind, t_init, sigma = beginning(folder)
-    read = lambda name: (run/name).read_text(encoding='utf-8') if (run/name).is_file() else ''
-    scores = json.loads(read('scores.json') or '[]') + [json.loads(Path(f).read_text(encoding='utf-8')) for f in results]
-    text = model_card(json.loads(read('config.json')), whole_lines(read('log.jsonl')), scores, t_init=t_init, sigma=sigma, kind=kind, prompt=dict(EDM='0').get(kind),
-        prompts=json.loads(read('prompts.json') or 'null'), title=title or run.resolve().name, where=repo_id or 'PATH_OR_REPO', picture='samples.png' if sheets else '')
+    read = lambda name, default: read_json_or(default, run/name)
+    scores = [r for r in read('scores.json', []) if isinstance(r, dict)] + [json.loads(Path(f).read_text(encoding='utf-8')) for f in results]
+    text = model_card(read_json(run/'config.json'), [r for r in read_rows(run/'log.jsonl')[0] if 'nimg' in r], scores, t_init=t_init, sigma=sigma, kind=kind, prompt=dict(EDM='0').get(kind),
+        prompts=read('prompts.json', {}) or None, title=title or run.resolve().name, where=repo_id or 'PATH_OR_REPO', picture='samples.png' if sheets else '')
     if sheets: shutil.copy(sheets[-1], folder/'samples.png')
     atomic_write(folder/'README.md', text)
     return folder/'README.md'

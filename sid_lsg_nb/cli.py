@@ -84,7 +84,7 @@ def defaults_of(argv:list[str])->Config:
     "What holds for all settings that are not given: the resumed run's, the preset's; without a preset `embedded`, or that of the other teacher's family"
     name = flag(argv, '--preset') or usual_preset(flag(argv, '--teacher', 'embedded'))
     if name not in PRESETS: raise InputError(f'preset {name!r} is not known; use one of {", ".join(PRESETS)}')
-    folder = resume_folder(Config(preset=name, resume=flag(argv, '--resume')))
+    folder = resume_folder(Config(preset=name, resume=flag(argv, '--resume'), out=flag(argv, '--out')))
     first = not several() or os.environ.get('RANK') == '0'
     if folder is None or not first and not (folder/'config.json').is_file(): return PRESETS[name]     # the first process's settings will hold
     return saved_config(folder)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'DTYPES', 'WAYS', 'check_options', 'size_of', 'start_of', 'where_to', 'to_single_file', 'to_lora',
-           'to_onnx', 'to_fp16', 'check_files', 'to_card', 'export_to', 'unet_file', 'import_from']
+           'to_onnx', 'to_fp16', 'to_card', 'export_to', 'unet_file', 'import_from']
 
 # %% ../nbs/27_convert.ipynb #562005fa
 import json, re, shlex
@@ -84,18 +84,12 @@ def to_fp16(args:Export, s:Subject)->list[str]:
             f"pipe = StableDiffusionPipeline.from_pretrained({s.path!r}, variant='fp16', torch_dtype=torch.float16); image = pipe('a prompt', num_inference_steps=1, guidance_scale=0).images[0]"]
 
 # %% ../nbs/27_convert.ipynb #dbbeb83e
-def check_files(home:Path):
-    "Raise `ValueError` for a file of the run that a card cannot be made of"
-    for name in ('scores.json', 'prompts.json', 'log.jsonl'):
-        text = (home/name).read_text(encoding='utf-8') if (home/name).is_file() else ''
-        for part in text.splitlines() if name == 'log.jsonl' else [text]*bool(text): json.loads(part)
 def to_card(args:Export, s:Subject)->list[str]:
     "The model card, and perhaps the upload"
     if s.config is None: raise InputError(f'{args.run!r} is no run folder, nothing is known about its training; give the folder that `sid-lsg distill` made')
     results = [Path(f).expanduser() for f in args.results] or sorted(s.home.glob('scores-*.json'))
     for f in results: load_result(f)
     try:
-        check_files(s.home)                                                              # before anything is written
         card = write_card(s.home, args.title or None, args.push or None, results)
     except (ValueError, TypeError, KeyError) as e: raise e if isinstance(e, InputError) else InputError(f'a file of {str(s.home)!r} cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:80]}); if the run still writes, wait for its end') from e
     said = [f'{card}: {size_of(card)}, ' + (f'{len(results)} saved result' + 's'*(len(results) != 1) if results else 'no saved result') + (' and the closing table' if (s.home/'scores.json').is_file() else '')]

@@ -4,20 +4,21 @@
 
 # %% ../nbs/22_settings.ipynb #2b164f45
 from __future__ import annotations
-import importlib.util, json, math
+import importlib.util, itertools, json, math, re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
-from .core import InputError, atomic_write
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin, get_type_hints
+from .core import InputError, atomic_write, read_json, read_rows
 from .guidance import Kappa
-from .checkpoint import checkpoints
+from .checkpoint import CheckpointError, checkpoints, load_facts
 if TYPE_CHECKING: from sid_lsg_nb.distill import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
-           'PRESETS', 'USUAL', 'FIXED', 'Config', 'kappas', 'check', 'at_length', 'check_together', 'settle',
-           'recipe_of', 'label', 'published', 'check_out', 'run_folder', 'saved_config', 'resume_folder', 'differences',
+           'PRESETS', 'USUAL', 'AGAIN', 'OURS', 'NUMBERS', 'FIXED', 'Config', 'kappas', 'check', 'at_length',
+           'check_together', 'settle', 'recipe_of', 'label', 'published', 'begun_folder', 'check_out', 'new_folder',
+           'run_folder', 'log_rows', 'fits', 'typed_config', 'saved_config', 'begun', 'resume_folder', 'differences',
            'shapes_of', 'weights_in', 'how_long', 'plan']
 
 # %% ../nbs/22_settings.ipynb #f5d8920a
@@ -29,8 +30,8 @@ class Config:
     prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample'] = '' # what the teacher's network predicts, where its files do not say so or are wrong; default: as they say
     prompts: str = ''              # .txt, .jsonl, .csv, .parquet (also .gz), a folder of them, or a dataset's name; the embedded teacher and EDM networks bring their own
     column: str = ''               # where the prompts are, in a table with several columns of text
-    out: str = ''                  # run folder, must not exist; default: the next free runs/PRESET-N
-    resume: str = ''               # run folder to go on with from its newest good checkpoint; "auto": the newest run of this preset, or a new one
+    out: str = ''                  # run folder, must not exist (but see resume); default: the next free runs/PRESET-N
+    resume: str = ''               # run folder to go on with from its newest good checkpoint; "auto" or "latest": --out if it holds a run, else the newest run of this preset; a new one if there is none
     guidance: Literal['lsg', 'long', 'short', 'zero', 'anti'] = 'lsg' # where guidance acts: all four places, teacher only, training of the fake only; zero: nowhere, and the fake sees no prompts; anti: negative, in the fake
     kappa: float = 1.25            # guidance scale put there; more follows the prompt better, with less variety
     kappa1: float | None = None    # override: the fake, while it is trained
@@ -81,9 +82,9 @@ class Config:
     ema_rampup: float = 0.2        # early on the half-life is this part of the images seen; 0.05 in the published runs
     seed: int = 0                  # of noise, times, prompts and pictures
     device: str = 'auto'           # auto, cpu, cuda, cuda:1, mps
-    log_every: int = 160           # images between lines of log.jsonl
-    sample_every: int = 2_000      # images between sample sheets
-    checkpoint_every: int = 2_000  # images between checkpoints (the end always has one)
+    log_every: int = 160           # images between lines of log.jsonl; 0: only at checkpoints and at the end
+    sample_every: int = 2_000      # images between sample sheets; 0: no sheets
+    checkpoint_every: int = 2_000  # images between checkpoints; 0: only at the end, which always has one
     keep: int = 2                  # checkpoints kept
     alarm: float = 10.0            # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
     patience: int = 200            # stop after so many bad iterations in a row (skipped, or under alarm)
@@ -114,8 +115,8 @@ def check(config:Config)->Config:
     must(config.nimg >= config.batch, f'nimg {config.nimg} is less than one batch of {config.batch}; give a larger nimg')
     must(0 <= config.p_drop < 1, f'p_drop {config.p_drop} must lie in [0, 1)')
     for k in ('lr', 'lr_fake', 'eps', 'clip', 'alarm'): must((v := getattr(config, k)) is None or math.isfinite(v) and v > 0, f'{k} {v} must be a positive number')
-    for k in ('ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_push', 'gan_learn', 'gan_rests', 'gan_begins'): must((getattr(config, k) or 0) >= 0, f'{k} {getattr(config, k)} must not be negative')
-    for k in ('log_every', 'sample_every', 'checkpoint_every', 'keep', 'teacher_steps', 'patience', 'rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
+    for k in ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_push', 'gan_learn', 'gan_rests', 'gan_begins'): must((getattr(config, k) or 0) >= 0, f'{k} {getattr(config, k)} must not be negative')
+    for k in ('keep', 'teacher_steps', 'patience', 'rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_together(config)
     kappas(config)
@@ -207,38 +208,85 @@ USUAL = dict(StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='
     StableDiffusion3Pipeline='sd3-sid-dit', SanaPipeline='sana-sid-dit', EDM='cifar10-sid') # the row to start from, by the teacher's family, if none is named
 
 # %% ../nbs/22_settings.ipynb #c12fd6eb
+AGAIN = 'auto', 'latest' # words of --resume: go on if there is something, begin if there is nothing
+OURS = 'config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png', 'samples', 'checkpoints', 'generator', 'tensorboard'
+def begun_folder(folder:Path)->Path:
+    "A folder where a run began and reached no checkpoint; raises `InputError` for one that holds anything else"
+    others = [p.name for p in folder.iterdir() if p.name not in OURS and p.name[0] != '.'] if folder.is_dir() else [folder.name]
+    if others and not (folder/'config.json').is_file():
+        raise InputError(f'--out {folder} exists and is no run folder (it holds {others[0]!r}); choose another folder')
+    return folder
 def check_out(config:Config):
-    "Raise `InputError` if the folder of a new run exists"
-    if config.out and Path(config.out).expanduser().exists(): raise InputError(f'--out {config.out} exists; choose another folder, or leave --out away for the next free runs/{config.preset}-N')
-def run_folder(config:Config)->Path:
-    "Create the run's folder; raises `InputError` if a given one exists"
-    check_out(config)
+    "Raise `InputError` if the folder of a new run exists and cannot be taken"
+    folder = Path(config.out).expanduser()
+    if not config.out or not folder.exists(): return
+    if config.resume in AGAIN: begun_folder(folder); return
+    raise InputError(f'--out {config.out} exists; choose another folder, leave --out away for the next free runs/{config.preset}-N, or go on with it: --resume auto')
+def new_folder(config:Config)->Path:
+    "Make the run's folder; two processes never get the same; raises `InputError` if a given one exists"
     if config.out:
         folder = Path(config.out).expanduser()
-        folder.mkdir(parents=True)
-    else:
-        n = 1
-        while (folder := Path('runs')/f'{config.preset}-{n}').exists(): n += 1
-        folder.mkdir(parents=True)
-    (folder/'samples').mkdir()
-    atomic_write(folder/'config.json', json.dumps(asdict(at_length(config)), indent=1) + '\n')
+        try: folder.mkdir(parents=True)
+        except FileExistsError: check_out(config)
+        return folder
+    for n in itertools.count(1):
+        folder = Path('runs')/f'{config.preset}-{n}'
+        try: folder.mkdir(parents=True); return folder
+        except FileExistsError: pass
+def run_folder(config:Config)->Path:
+    "Create the run's folder, with its config; raises `InputError` if a given one exists"
+    folder = new_folder(config)
+    for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()                           # of an attempt that reached no checkpoint
+    (folder/'samples').mkdir(exist_ok=True)
+    atomic_write(folder/'config.json', json.dumps(asdict(at_length(replace(config, resume=''))), indent=1) + '\n')
     return folder
 
+# %% ../nbs/22_settings.ipynb #ccd88018
+NUMBERS = 'nimg', 'fisher', 'loss', 'norm', 'loss_fake', 'norm_fake'
+def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are none
+    "The lines of log.jsonl that are whole"
+    rows, bad = read_rows(file)
+    good = [r for r in rows if all(isinstance(r.get(k), (int, float)) for k in NUMBERS)]
+    return good, len(bad) + len(rows) - len(good)
+
 # %% ../nbs/22_settings.ipynb #4d568a03
-FIXED = ('teacher', 'prediction_type', 'prompts', 'seed', 't_init', 'steps')
-def saved_config(folder)->Config:
-    "The config of a run folder; raises `InputError` if there is none"
+FIXED = ('prediction_type', 'seed', 't_init', 'steps')
+def fits(value, hint)->bool:
+    "Does a value from a file have the type of a setting?"
+    if get_origin(hint) is Literal: return value in get_args(hint)
+    if get_args(hint): return any(fits(value, h) for h in get_args(hint))
+    if hint in (int, float): return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+def typed_config(values:dict, source)->Config:
+    "Settings as they were saved; unknown ones are left out; raises `InputError` for a value that is of another type"
+    hints = {k: h for k, h in get_type_hints(Config).items() if k in values}
+    wrong = [k for k, h in hints.items() if not fits(values[k], h)]
+    if wrong or not hints: raise InputError(f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it')
+    return Config(**{k: values[k] for k in hints})
+def saved_config(folder, say=print)->Config:
+    "The config of a run folder, or, if that cannot be used, its newest checkpoint's; raises `InputError` if there is neither"
     file = Path(folder)/'config.json'
+    try: return typed_config(read_json(file), file)
+    except InputError as e: problem = e
+    for path in checkpoints(Path(folder)/'checkpoints'):
+        try: config = typed_config(load_facts(path).get('config', {}), path)
+        except (InputError, CheckpointError): continue
+        say(f'{file} cannot be used; the settings are those in checkpoint {path.name}')
+        return config
     if not file.is_file(): raise InputError(f'{str(folder)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
-    known = {f.name for f in fields(Config)}
-    return Config(**{k: v for k, v in json.loads(file.read_text()).items() if k in known})
+    raise problem
+def begun(folder:Path)->bool:
+    "Is there something to go on with, or the end of a run?"
+    return bool(checkpoints(folder/'checkpoints')) or (folder/'closing.json').is_file()
 def resume_folder(config:Config)->Path|None: # None: start a new run
     "The run that `config.resume` means"
-    if config.resume != 'auto': return Path(config.resume).expanduser() if config.resume else None
-    runs = [p for p in Path('runs').glob(f'{config.preset}-*') if checkpoints(p/'checkpoints')]
-    return max(runs, key=lambda p: checkpoints(p/'checkpoints')[0].stat().st_mtime, default=None)
+    if config.resume not in AGAIN: return Path(config.resume).expanduser() if config.resume else None
+    if config.out: return out if begun(out := Path(config.out).expanduser()) else None
+    names = re.compile(re.escape(config.preset) + r'-\d+')                 # not those of a preset whose name begins alike
+    runs = [(kept[0].stat().st_mtime, p) for p in Path('runs').glob('*') if names.fullmatch(p.name) and (kept := checkpoints(p/'checkpoints'))]
+    return next((p for _, p in sorted(runs, reverse=True) if saved_config(p, lambda line: None).preset == config.preset), None)
 def differences(old:Config, new:Config)->list[str]:
-    "Names of settings that differ; raises `InputError` for those that must not"
+    "Names of settings that differ; raises `InputError` for those that must not; prompts and teacher may have moved, their content is compared"
     keys = [f.name for f in fields(Config) if f.name not in ('resume', 'out', 'dry_run') and getattr(old, f.name) != getattr(new, f.name)]
     wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED]
     if wrong: raise InputError(f'cannot resume with another {", ".join(wrong)}; start a new run, or leave it as it was')
@@ -285,5 +333,5 @@ def plan(config:Config, world:int=1):
         sequential=config.sequential or config.lora != 'none', checkpointing=config.checkpointing, lora=config.lora, rank=config.rank, ema_device=config.ema_device, vae_rests=config.vae_rests, bits=config.bits))
     if world == 1 and config.device != 'cpu' and torch.cuda.is_available() and (told := how_long(config, torch.cuda.get_device_name(), json.loads((EMBEDDED/'speeds.json').read_text()))): print(told)
     where = config.resume or config.out or f'runs/{config.preset}-N'
-    print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.nimg//config.log_every:,} lines), curves.png, samples/ ({config.nimg//config.sample_every + 1:,} sheets), checkpoints/ (the last {config.keep}), generator/ (a diffusers pipeline with its model card)'
+    print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.nimg//config.log_every if config.log_every else "few"} lines), curves.png, samples/ ({config.nimg//config.sample_every + 1 if config.sample_every else 0:,} sheets), checkpoints/ (the last {config.keep}), generator/ (a diffusers pipeline with its model card)'
           + (', scores.json' if config.teacher == 'embedded' and config.n_eval else ''))

@@ -6,7 +6,7 @@
 __all__ = ['Log', 'Band', 'curves', 'visiting', 'student_draw', 'many_step_draw', 'in_parts', 'sheet', 'tracker']
 
 # %% ../nbs/23_watch.ipynb #69990d34
-import json, math, time
+import hashlib, json, math, os, time
 from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,20 +16,22 @@ import torch
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import DISAGREEMENT, atomic_write, image_grid, noise_for
+from .core import DISAGREEMENT, RunError, atomic_file, atomic_write, image_grid, noise_for
 from .denoiser import Denoiser, Teacher
 from .generator import few_steps, step_times, teacher_sample
 from .parallel import Team
-from .settings import Config
+from .settings import Config, log_rows
 
 # %% ../nbs/23_watch.ipynb #acac05f9
 class Log:
     "Means of what `distill` yields, as lines of log.jsonl"
     def __init__(self, file, nimg:int=0, team=None): # lines after `nimg` images, of a run that was killed, are taken back; the team's first process writes
         self.file, self.team, self._tick = Path(file), team, time.perf_counter()
-        lines = [json.loads(l) for l in self.file.read_text().splitlines()] if self.file.exists() else []
+        lines, bad = log_rows(self.file)
         self.rows, self._sums, self._n = [r for r in lines if r['nimg'] <= nimg], defaultdict(float), 0
-        if self.rows != lines and (team is None or team.main): atomic_write(self.file, ''.join(json.dumps(r) + '\n' for r in self.rows))
+        if team is None or team.main:
+            if bad: print(f'{self.file}: {bad} torn line(s) left out')
+            if bad or self.rows != lines: atomic_write(self.file, ''.join(json.dumps(r) + '\n' for r in self.rows))
     def add(self, s:SimpleNamespace):
         "Count one iteration in, without waiting for the device"
         for k in ('loss', 'fisher', 'norm', 'skipped', 'dropped'): self._sums[k] += getattr(s.gen, k)
@@ -47,8 +49,16 @@ class Log:
         now = time.perf_counter(); row['img_per_s'], self._tick = round(seen/(now - self._tick), 3), now
         self.rows.append(row)
         if self.team is None or self.team.main:
-            with open(self.file, 'a') as f: f.write(json.dumps(row) + '\n')
+            self._append(json.dumps(row) + '\n')
         return row
+    def _append(self, line:str):
+        "The line, on the disk; raises `RunError`, with no half of it left, when the disk does not take it"
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with open(self.file, 'a') as f: f.write(line); f.flush(); os.fsync(f.fileno())
+        except OSError as e:
+            if self.file.exists(): os.truncate(self.file, size)
+            raise RunError(f'{self.file} takes no more lines ({e}); free some space and go on with: sid-lsg distill --resume {self.file.parent}') from e
 
 # %% ../nbs/23_watch.ipynb #0213c3f0
 class Band:
@@ -74,7 +84,7 @@ def curves(rows:list[dict], file, title:str=''):
         ax.set_title(name, fontsize=9); ax.set_xlabel('images seen', fontsize=8); ax.tick_params(labelsize=7); ax.legend(fontsize=7)
         if keys != ['loss', 'loss_fake']: ax.set_yscale('log')
     fig.suptitle(title, fontsize=9); fig.tight_layout()
-    tmp = Path(file).with_suffix('.tmp.png'); fig.savefig(tmp); tmp.replace(file)
+    with atomic_file(file) as new: fig.savefig(new)
 
 # %% ../nbs/23_watch.ipynb #c34767ac
 @contextmanager
@@ -117,13 +127,20 @@ def sheet(
     for ax, (name, x) in zip(axes, rows.items()):
         ax.imshow(image_grid(x, ncols=n, scale=zoom)); ax.set_title(name, fontsize=7, loc='left', pad=2); ax.axis('off')
     fig.suptitle(title, fontsize=8); fig.tight_layout(pad=.3)
-    tmp = Path(file).with_suffix('.tmp.png'); fig.savefig(tmp); tmp.replace(file)
+    with atomic_file(file) as new: fig.savefig(new)
 
 # %% ../nbs/23_watch.ipynb #8dd17150
-def tracker(config:Config, folder:Path, team:Team): # `log(row)` and `end()`, or nothing to do
+def tracker(config:Config, folder:Path, team:Team, rows=()): # `log(row)` and `end()`, or nothing to do; rows: of the log so far
     "Send lines of the log where `config.track` says"
     if config.track == 'none' or not team.main: return SimpleNamespace(log=lambda row: None, end=lambda: None)
-    a = Accelerator(cpu=team.device.type == 'cpu', mixed_precision='no', log_with=config.track, project_dir=str(folder))
-    a.init_trackers(folder.name if config.track == 'tensorboard' else 'sid-lsg-nb', config={k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()},
-                    init_kwargs=dict(wandb=dict(name=folder.name, dir=str(folder))) if config.track == 'wandb' else {})
-    return SimpleNamespace(log=lambda row: a.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row['nimg']), end=a.end_training)
+    a, board = Accelerator(cpu=team.device.type == 'cpu', mixed_precision='no', log_with=config.track, project_dir=str(folder)), folder/'tensorboard'
+    old = [*board.glob('events.out.tfevents.*')]
+    settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
+    ident = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]                    # wandb drops steps that it has, which are the same
+    a.init_trackers('tensorboard' if config.track == 'tensorboard' else 'sid-lsg-nb', config=settings,
+        init_kwargs=dict(wandb=dict(name=folder.name, dir=str(folder), id=ident, resume='allow')) if config.track == 'wandb' else {})
+    log = lambda row: a.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row['nimg'])
+    if config.track == 'tensorboard':                                                          # all anew: what is shown equals log.jsonl
+        for row in rows: log(row)
+        for file in old: file.unlink()
+    return SimpleNamespace(log=log, end=a.end_training)
