@@ -491,5 +491,5 @@ def save_stock(
     if net.config['model_type'] != 'UNet2DModel' or net.config['noise_scale'] != 1000:
         raise InputError('stock diffusers opens a UNet2DModel trained on 1000 c_noise; save this network with save_edm')
     scheduler = CMStochasticIterativeScheduler(sigma_min=0., sigma_max=sigma_init, sigma_data=net.config['sigma_data'])
-    ConsistencyModelPipeline(net.model.unet, scheduler).save_pretrained(folder)
+    with atomic_folder(folder) as tmp: ConsistencyModelPipeline(net.model.unet, scheduler).save_pretrained(tmp)
     return Path(folder)

@@ -9,14 +9,14 @@ __all__ = ['RESNET', 'ENDS', 'BLOCK', 'VAE_NAMES', 'OPEN_CLIP', 'ORIGINAL', 'wri
            'tidy_graph', 'export_onnx']
 
 # %% ../nbs/16_export.ipynb #bc6effd4
-import hashlib, importlib.util, json, os, re, shutil
+import hashlib, importlib.util, json, re
 from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .core import InputError, atomic_write
+from .core import InputError, atomic_file, atomic_folder, atomic_write
 from .schedule import DiscreteSchedule
 from .denoiser import Denoiser, load_teacher
 from .pipeline import load_student
@@ -28,13 +28,9 @@ def write_whole(
     metadata:dict[str, str]={}, # for its header
 )->Path: # the file
     "Tensors to a safetensors file, complete or not at all"
-    file = Path(file); tmp = file.with_name(f'.{file.name}.{os.getpid()}.tmp')
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata={'format': 'pt', **metadata})
-        with open(tmp, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(tmp, file)
-    finally: tmp.unlink(missing_ok=True)
-    return file
+    with atomic_file(file) as new:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata={'format': 'pt', **metadata})
+    return Path(file)
 
 # %% ../nbs/16_export.ipynb #a8675ec4
 def add_variant(
@@ -230,12 +226,11 @@ def save_lora(
     state = {k: v.to('cpu', dtype).contiguous() for k, v in extract_lora(old, pipe.unet, rank).items()}
     errors = lora_residuals({n: d.cpu() for n, d in deltas(old, pipe.unet).items()}, state)
     report = dict(rank=next(iter(state.values())).shape[0], bytes=sum(v.nbytes for v in state.values()), error=errors.pop('total'), left_out=left_out(old, pipe.unet)['share'], layers=errors)
-    folder = Path(folder); tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp'); shutil.rmtree(tmp, ignore_errors=True)
-    StableDiffusionPipeline.save_lora_weights(tmp, unet_lora_layers=state)
-    pipe.scheduler.save_pretrained(tmp/'scheduler')
-    if kohya: write_whole(kohya_names(state), tmp/'kohya.safetensors')
-    atomic_write(tmp/'report.json', json.dumps(report, indent=1) + '\n')
-    shutil.rmtree(folder, ignore_errors=True); os.replace(tmp, folder)
+    with atomic_folder(folder) as tmp:
+        StableDiffusionPipeline.save_lora_weights(tmp, unet_lora_layers=state)
+        pipe.scheduler.save_pretrained(tmp/'scheduler')
+        if kohya: write_whole(kohya_names(state), tmp/'kohya.safetensors')
+        atomic_write(tmp/'report.json', json.dumps(report, indent=1) + '\n')
     return report
 
 # %% ../nbs/16_export.ipynb #27b3cb47
@@ -271,12 +266,13 @@ def export_onnx(
     absent = [p for p in ('onnx', 'onnxscript') if not importlib.util.find_spec(p)]
     if absent: raise InputError(f'writing ONNX needs more packages; pip install {" ".join(absent)}')
     student = load_student(folder); pipe, length = student.pipe, student.pipe.tokenizer.model_max_length
-    out = Path(out); tmp = out.with_name(f'.{out.name}.{os.getpid()}.tmp'); shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
     example = torch.randn(2, *student.latent_shape), torch.zeros(2, length, dtype=torch.long)
     batch = torch.export.Dim('batch', max=63)            # from 64 on diffusers copies memory once more; the graph has no such branch and takes any size
-    torch.onnx.export(OneStep(pipe).eval(), example, tmp/'one_step.onnx', dynamo=True, external_data=True, verbose=False,
-        input_names=['z', 'input_ids'], output_names=['image'], dynamic_shapes=dict(z={0: batch}, input_ids={0: batch}))
-    tidy_graph(tmp/'one_step.onnx'); pipe.tokenizer.save_pretrained(tmp/'tokenizer')
-    atomic_write(tmp/'one_step.json', json.dumps(dict(z=list(student.latent_shape), tokens=length, pad=pipe.tokenizer.pad_token_id, t_init=start(pipe)[0]), indent=1) + '\n')
-    shutil.rmtree(out, ignore_errors=True); os.replace(tmp, out)
-    return out
+    about = dict(z=list(student.latent_shape), tokens=length, pad=pipe.tokenizer.pad_token_id, t_init=start(pipe)[0])
+    with atomic_folder(out) as tmp:
+        torch.onnx.export(OneStep(pipe).eval(), example, tmp/'one_step.onnx', dynamo=True, external_data=True, verbose=False,
+            input_names=['z', 'input_ids'], output_names=['image'], dynamic_shapes=dict(z={0: batch}, input_ids={0: batch}))
+        tidy_graph(tmp/'one_step.onnx')
+        pipe.tokenizer.save_pretrained(tmp/'tokenizer')
+        atomic_write(tmp/'one_step.json', json.dumps(about, indent=1) + '\n')
+    return Path(out)

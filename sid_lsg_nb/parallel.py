@@ -122,7 +122,7 @@ def _told(error:Exception, cause:Exception|None=None)->Exception:
     return error
 @contextmanager
 def heard_by_all(device:str='auto'):
-    "An `InputError` inside, before this process has met the others, is raised in all: they come to a `Team.agreed` next"
+    "An `InputError` inside, before this process has met the others, is raised in all: they come to an `agreed` of `Team` next"
     try: yield
     except InputError as e:
         if place_of(os.environ).world == 1: raise

@@ -308,7 +308,7 @@ def score_images(
     **how, # batch, rank, workers, progress: see `cloud_of`
 )->Result: # the same on every process
     "Score pictures by a protocol; raises `InputError` when pictures, reference, captions or networks are not the protocol's"
-    p = find_protocol(protocol); how = dict(world=world, progress=partial(tqdm, disable=how.get('rank', 0) > 0, leave=False)) | how
+    p = find_protocol(protocol); how = dict(world=world, progress=partial(tqdm, disable=True if how.get('rank', 0) else None, leave=False)) | how
     images = _sources(images, p, captions, (p.clip and clip is not False) or rewards)
     features = _features(features, p, device); clip = _clip(clip, p, device); ref = _reference(reference, features, p, cache=cache, **how)
     judges = [clip]*bool(clip) + list(rewards); sums = torch.zeros(len(judges), 2, dtype=torch.float64)

@@ -6,6 +6,7 @@ import torch
 from sid_lsg_nb import core
 from sid_lsg_nb.checkpoint import checkpoints, load_latest, numbered, save_checkpoint
 from sid_lsg_nb.core import atomic_file, atomic_folder, clean_up
+from sid_lsg_nb.export import write_whole
 
 TRACED = core.__file__, checkpoints.__code__.co_filename, sys.modules['shutil'].__file__
 
@@ -119,5 +120,6 @@ def test_modes_are_what_the_umask_says(tmp_path, mask):
     try:
         save_checkpoint(tmp_path/'checkpoints', 1, dict(x=torch.ones(3)))
         with atomic_file(tmp_path/'single.safetensors') as f: os.close(os.open(f, os.O_CREAT | os.O_WRONLY, 0o600))
+        write_whole(dict(x=torch.ones(3)), tmp_path/'exported.safetensors')
     finally: os.umask(old)
     for p in (p for p in tmp_path.rglob('*')): assert p.stat().st_mode & 0o777 == (0o777 if p.is_dir() else 0o666) & ~mask, p
