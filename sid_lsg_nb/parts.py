@@ -152,7 +152,7 @@ def build_part(folder:Path, kind:type, config):
 def load_part(folder:Path, kind:type, dtype:torch.dtype, path):
     "The part with its weights; raises `InputError` unless all of them are there"
     variant, safe = find_weights(folder, path)
-    more = {} if hasattr(kind, 'load_config') else dict(weights_only=True)
+    more = dict(weights_only=True) if 'weights_only' in inspect.signature(kind.from_pretrained).parameters else {} # older ones always do
     net, told = kind.from_pretrained(str(folder), variant=variant, use_safetensors=safe, output_loading_info=True, local_files_only=True, **more, **dtype_arg(kind, dtype))
     lost = [k for k in sorted(told['missing_keys']) if not k.endswith('position_ids')]
     if lost: refuse(path, f'has a {folder.name} that lacks {len(lost)} of its weights ({lost[0]}), a part is missing or broken', 'save or download it again')
