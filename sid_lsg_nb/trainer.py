@@ -265,11 +265,16 @@ def require_space(job:Job, folder:Path):
     if free < need: raise InputError(f'{folder} has {free/2**30:.3g} GiB free, and one checkpoint takes {need/2**30:.3g}; free some space, or give --out on another disk')
 def remember(job:Job, folder:Path):
     "Keep what the prompts are: in words in prompts.json, and a hash of each in prompts.npy, for `evaluate` to say what was trained on"
-    p, c = job.prompts, job.config; longer = count_longer(p, job.teacher.text)
+    p, c = job.prompts, job.config
+    kept = read_json_or({}, folder/'prompts.json')
+    counted = kept.get('sha256') == p.sha256 and 'longer' in kept and (folder/'prompts.npy').is_file()
+    longer = kept['longer'] if counted else count_longer(p, job.teacher.text)
     told = dict(source=c.prompts or c.teacher, report=p.report, sha256=p.sha256, column=p.column, first=p[0][:300], longer=longer, teacher=c.teacher, teacher_sha256=job.teacher_sha)
-    np.save(hashes := BytesIO(), hashes_of(p), allow_pickle=False); atomic_write(folder/'prompts.npy', hashes.getvalue())
+    if not counted:
+        np.save(hashes := BytesIO(), hashes_of(p), allow_pickle=False)
+        atomic_write(folder/'prompts.npy', hashes.getvalue())
     atomic_write(folder/'prompts.json', json.dumps(told, indent=1, ensure_ascii=False) + '\n')
-    if longer := say_longer(longer): print(longer)
+    if not counted and (line := say_longer(longer)): print(line)
 def lock_run(folder:Path):
     "Hold a run's folder for this process, until it ends or lets go; raises `InputError` if another one has it"
     lock = FileLock(folder/'.lock')
