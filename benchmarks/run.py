@@ -1,6 +1,7 @@
 """Speed and memory of one iteration, beside its floor: `sid-lsg bench`, over a list of settings.
 
-    python benchmarks/run.py cpu         # measure the rows for a CPU (about 10 minutes on 2 cores), then write README.md
+    python benchmarks/run.py cpu         # measure the rows for a CPU (about 10 minutes on 2 cores), then write README.md,
+                                         # and the sentence on speed in the repository's README.md and nbs/index.ipynb
     python benchmarks/run.py gpu         # the rows for a GPU with 24 GB or more: Stable Diffusion 1.5 at 512², random weights
     python benchmarks/run.py gpu-fp16-4  # single rows by name
     python benchmarks/run.py day         # take in what gpu_day.py left in the folder `day`, then write README.md
@@ -8,7 +9,7 @@
 
 Each row leaves NAME.json with the machine in words and the date. A row without a file says "not run" in the table.
 """
-import json, subprocess, sys
+import json, re, subprocess, sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -85,6 +86,26 @@ def speeds(here:Path=HERE)->list[dict]:
     rows = [json.loads(f.read_text()) for f in sorted(here.glob('gpu-*.json'))]
     return [dict(card=r['machine']['device'], date=r['machine']['date'], img_per_s=r['img_per_s'], settings=r['settings']) for r in rows]
 
+def speed_words(rows:list[dict])->str:
+    "README's sentence on speed, from `speeds`"
+    if not rows: return '**No GPU has run it yet**, so the speeds and peaks of `benchmarks/` on GPUs say "not run".'
+    best = {}
+    for r in rows: best[r['card']] = max(best.get(r['card'], r), r, key=lambda r: r['img_per_s'])
+    told = [f'{card}: {r["img_per_s"]:.3g} images/s at best ({r["settings"]["teacher"]}, {r["settings"]["precision"]}, {r["settings"]["micro"]} at once; {r["date"]})' for card, r in best.items()]
+    return f'GPUs that ran it: {"; ".join(told)}. The other rows are in `benchmarks/`.'
+
+def write_words(rows:list[dict], root:Path=HERE.parent):
+    "Put that sentence between the marks of the index notebook and of README; raises `ValueError` where the marks are gone"
+    index, readme = root/'nbs/index.ipynb', root/'README.md'
+    book = json.loads(index.read_text(encoding='utf-8'))
+    def between(old): return re.subn(r'(<!-- speeds -->\s*).*?(\s*<!-- /speeds -->)', lambda m: m[1] + speed_words(rows) + m[2], old, flags=re.S)
+    cells = [(c, *between(''.join(c['source']))) for c in book['cells'] if c['cell_type'] == 'markdown']
+    new, n = between(readme.read_text(encoding='utf-8'))
+    if n != 1 or sum(k for *_, k in cells) != 1: raise ValueError('README.md and nbs/index.ipynb must each have one place between the marks of speeds')
+    for cell, source, _ in cells: cell['source'] = source.splitlines(True)
+    index.write_text(json.dumps(book, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
+    readme.write_text(new, encoding='utf-8')
+
 def day_section(file:Path=HERE/'day.json')->list[str]:
     "What a day with one GPU found, or that there was none"
     head = ['', '## A day with one GPU', '', 'Made by `python benchmarks/gpu_day.py`, whose first lines say what each part proves; goals are written beside what was found.', '']
@@ -103,6 +124,7 @@ def main(wanted:list[str]):
     if wanted and not names: sys.exit(f'no row is called {wanted}; there are {", ".join(ROWS)}')
     for n in names: measure(n)
     (HERE.parent/'sid_lsg_nb/embedded/speeds.json').write_text(json.dumps(speeds(), indent=1) + '\n')
+    write_words(speeds())
     head = ['# Benchmarks', '', 'One iteration (a fake and a generator step, guided unless `--kappa 1`) beside its floor, the same network calls alone, in the same run: chapter 25. Made by `python benchmarks/run.py cpu` and `gpu`; not tests.',
             'Peak memory is measured on GPUs only; the second number is the count from shapes (chapter 21). Rows say where and when; "not run" means just that.',
             'The turns of iteration and floor alternate, so ratios hold on a machine shared with other work, as the one of the CPU rows was; seconds of different rows do not compare there.', '',

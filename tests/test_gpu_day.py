@@ -33,6 +33,23 @@ def test_a_measured_day_goes_into_the_tables(tmp_path):
     assert 'Some Card' in text and '**killed failed**' in text and 'not run' not in text
     assert '| fast | not run |' in '\n'.join(run.day_section(tmp_path/'none.json'))
 
+def test_the_readme_says_what_was_measured(tmp_path):
+    run, files = script('run'), [tmp_path/name for name in ('nbs/index.ipynb', 'README.md')]
+    (tmp_path/'nbs').mkdir()
+    for file in files: file.write_text((HERE.parent/file.relative_to(tmp_path)).read_text(encoding='utf-8'), encoding='utf-8')
+    before = [f.read_text(encoding='utf-8') for f in files]
+    run.write_words(json.loads((HERE.parent/'sid_lsg_nb/embedded/speeds.json').read_text()), tmp_path)
+    assert before == [f.read_text(encoding='utf-8') for f in files]                                   # what stands there is of the stored speeds
+    row = lambda card, speed: dict(card=card, date='2026-01-01', img_per_s=speed, settings=dict(teacher='random-sd15', precision='bf16', micro=4))
+    run.write_words([row('Some "Card"', 12.34), row('Some "Card"', 9.), row('Other', 2.)], tmp_path)
+    prose = '\n'.join(''.join(c['source']) for c in json.loads(files[0].read_text(encoding='utf-8'))['cells'])
+    for text in (prose, files[1].read_text(encoding='utf-8')):
+        assert 'Some "Card": 12.3 images/s' in text and 'Other: 2 images/s' in text and 'No GPU' not in text
+    run.write_words([], tmp_path)
+    assert before == [f.read_text(encoding='utf-8') for f in files]
+    files[1].write_text('no marks')
+    with pytest.raises(ValueError, match='marks of speeds'): run.write_words([], tmp_path)
+
 def test_a_state_comes_back_whole(tmp_path, monkeypatch):
     day, root, out, back = script('gpu_day'), tmp_path/'root', tmp_path/'out', tmp_path/'back'; monkeypatch.setattr(day, 'PIECE', 5_000); out.mkdir()
     for who in ('teacher', 'sid'):
