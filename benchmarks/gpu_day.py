@@ -319,6 +319,8 @@ def ranks(o):
     from sid_lsg_nb.checkpoint import load_latest
     from sid_lsg_nb.parallel import Team
     from sid_lsg_nb.trainer import iterate, restore, save, setup
+    if os.environ['WORLD_SIZE'] == '1':                        # a team of one starts no group by itself
+        dist.init_process_group('gloo' if o.device == 'cpu' or not torch.cuda.is_available() else 'nccl')
     team, out = Team(o.device), {}
     for how in ('copies', 'slices'):
         def job(): return setup(bundled(o, batch=2*team.world, micro=None, shard=how == 'slices', device=str(team.device)), team)
