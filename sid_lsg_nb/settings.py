@@ -28,7 +28,7 @@ class Config:
     preset: str = 'embedded'       # row of the preset table that the other settings start from (on the command line that of the teacher's family if another teacher is given)
     teacher: str = 'embedded'      # "embedded", a folder or hub id of a diffusers pipeline, one .safetensors or .ckpt file of Stable Diffusion or SDXL, or an EDM network (.pkl or folder)
     prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample'] = '' # what the teacher's network predicts, where its files do not say so or are wrong; default: as they say
-    prompts: str = ''              # .txt, .jsonl, .csv, .parquet (also .gz), a folder of them, or a dataset's name; the embedded teacher and EDM networks bring their own
+    prompts: str = ''              # a file of text, JSON, CSV, TSV, Parquet, Arrow or WebDataset, a folder of them, or a dataset's name; the embedded teacher and EDM networks bring their own
     column: str = ''               # where the prompts are, in a table with several columns of text
     out: str = ''                  # run folder, must not exist (but see resume); default: the next free runs/PRESET-N
     resume: str = ''               # run folder to go on with from its newest good checkpoint; "auto" or "latest": --out if it holds a run, else the newest run of this preset; a new one if there is none
@@ -47,7 +47,7 @@ class Config:
     law: str = 'uniform'           # of t: uniform, karras, edm[:MEAN,STD], logit-normal[:MEAN,STD]
     law_fake: str | None = None    # of t in the fake's steps; default: the same
     t_min: int | float | None = None # times of x_t are drawn from [t_min, t_max), the ends teach little and are noisy; default: 20 and 980 of a table's 1000, .02 and .98 of a flow, 0 and 800 of EDM
-    t_max: int | float | None = None
+    t_max: int | float | None = None # the upper end of these times; default: see t_min
     t_init: int | float | None = None # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
     steps: int = 1                 # of the generator; more than one re-noises in between, and every step is trained in turn
     renoise: Literal['fresh', 'fixed'] = 'fresh' # noise between the steps in training: new, or the start noise again; drawing takes new noise
@@ -62,7 +62,7 @@ class Config:
     batch: int = 16                # images per step, of all processes together; 0: micro x rounds x processes
     micro: int | None = None       # at most so many at once in one process (memory); default: all of its share
     rounds: int | None = None      # micro-batches per step; default: as many as it takes
-    lr: float = 1e-4               # generator; full-size teachers want 1e-6
+    lr: float = 1e-4               # of the generator; presets of full size have 1e-6, those of CIFAR-10 1e-5
     lr_fake: float = 1e-4          # fake; equal to lr in the published runs
     eps: float | None = None       # Adam's; default: the precision's (1e-8; pure-fp16 1e-6, pure-bf16 1e-4)
     clip: float | None = None      # clip each number of the gradient to +-clip; 1 in the published fp16 run, none in the others
