@@ -4,7 +4,7 @@
 
 # %% ../nbs/28_cli.ipynb #ee0f7e27
 from __future__ import annotations
-import importlib, json, os, sys, warnings
+import importlib, json, logging, os, sys, warnings
 from pathlib import Path
 from typing import Annotated, Union
 import tyro
@@ -123,6 +123,7 @@ def quiet():
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)
     warnings.filterwarnings('ignore', module='huggingface_hub|diffusers|transformers|open_clip|torch')
 
 # %% ../nbs/28_cli.ipynb #ae38bc47

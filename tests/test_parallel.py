@@ -64,6 +64,17 @@ def test_a_flow_with_several_steps(home, chain, how):
     new, old = (load_file(home/f/'transformer/diffusion_pytorch_model.safetensors') for f in (f'chain-{how}/generator', 'flow'))
     assert apart(new, load_file(home/'chain/generator/transformer/diffusion_pytorch_model.safetensors')) < 1e-3 and apart(new, old) > 1e-4
 
+@pytest.mark.parametrize('how', ['copies', 'slices'])
+def test_fp16_on_two_processes(home, how):
+    "The loss scalers of two processes and of one settle alike; norms agree to fp16's rounding"
+    flags = ['--precision', 'fp16', '--nimg', '16', '--n-eval', '0']
+    if not (home/'half').exists(): run(home, 1, '--out', 'half', *flags)
+    run(home, 2, '--out', f'half-{how}', *flags, *(['--shard'] if how == 'slices' else []))
+    a, b = lines(home/'half'), lines(home/f'half-{how}')
+    assert [r['nimg'] for r in b] == [8, 16]
+    for k in ('skipped', 'skipped_fake', 'scale_fake', 'scale_generator'): assert [r[k] for r in a] == [r[k] for r in b], k
+    for k in ('norm', 'norm_fake'): assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=.03), k
+
 def test_slices_resume_exactly(home):
     run(home, 2, '--out', 'long', '--nimg', '32', '--shard'); run(home, 2, '--out', 'short', '--nimg', '16', '--shard')
     run(home, 2, '--resume', 'short', '--nimg', '32', '--shard')
