@@ -98,3 +98,47 @@ def test_a_signal_to_one_stops_both(home):
 def test_a_batch_that_cannot_be_shared(home):
     out, err = (p := start(home, 2, '--out', 'odd', '--batch', '7')).communicate()
     assert p.returncode != 0 and err.count('does not divide among 2 processes') == 1 and not (home/'odd').exists()
+
+ONE_OVERFLOWS = """
+import json, torch
+from diffusers import DDIMScheduler
+from sid_lsg_nb.denoiser import Denoiser, tiny_unet
+from sid_lsg_nb.parallel import Team, make_learner, whole
+from sid_lsg_nb.schedule import DiscreteSchedule
+team = Team('cpu')
+schedule = DiscreteSchedule.from_scheduler(DDIMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, clip_sample=False))
+def play(how, precision):
+    torch.manual_seed(0); learner = make_learner(team, Denoiser(tiny_unet(), schedule), 1e-3, precision, shard=how == 'slices')
+    flat = lambda: torch.cat([whole(p.detach()).flatten().double() for p in learner.net.parameters()])
+    weight, said = learner.net.net.conv_out.weight, []
+    for bad in (None, 0, 1, None):                                       # the rank that overflows in this step
+        start, dice = flat(), torch.Generator().manual_seed(7 + team.rank)
+        x, cond = torch.randn(2, 4, 8, 8, generator=dice), dict(encoder_hidden_states=torch.randn(2, 5, 16, generator=dice))
+        hook = weight.register_hook(lambda g: g + torch.inf) if how == 'copies' and bad == team.rank else None    # before the gradients are exchanged
+        with learner.sync(True): learner.objective(learner.train(x, torch.tensor([99, 500]), cond).square().mean((1, 2, 3)), 4).backward()
+        if hook: hook.remove()
+        local = weight.grad.to_local() if how == 'slices' else weight.grad
+        if how == 'slices' and bad == team.rank: local.view(-1)[0] = torch.inf                                   # exchanged: in the slice of one
+        here = bool(local.isfinite().all()); skipped = learner.step().skipped.item(); now = flat()
+        said.append(dict(here=here, skipped=skipped, scale=learner.scaler.get_scale() if learner.scaler else 0, moved=not torch.equal(now, start), weights=now.sum().item()))
+    return said
+said = {f'{how} {precision}': play(how, precision) for how in ('copies', 'slices') for precision in ('fp16', 'fp32')}
+said = team.all_say(said)
+if team.main: print(json.dumps(said))
+team.leave()
+"""
+def test_an_overflow_of_one_is_skipped_by_both(tmp_path):
+    "An infinite gradient in one process, or in the slice of one: both leave the step out, halve the scale and keep the same weights"
+    (tmp_path/'ranks.py').write_text(ONE_OVERFLOWS)
+    env = dict({k: v for k, v in os.environ.items() if k != 'IN_TEST'}, OMP_NUM_THREADS='1')
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'ranks.py']
+    done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = json.loads(done.stdout.splitlines()[-1])
+    assert len(a) == 4 and set(a) == set(b)
+    for k in a:
+        for of in ('skipped', 'scale', 'moved', 'weights'): assert [s[of] for s in a[k]] == [s[of] for s in b[k]], (k, of)
+        assert [s['skipped'] for s in a[k]] == [0, 1, 1, 0] and [s['moved'] for s in a[k]] == [True, False, False, True], k
+        assert [s['scale'] for s in a[k]] == ([256, 128, 64, 64] if 'fp16' in k else [0]*4), k
+        alone = [[True, False, True, True], [True, True, False, True]] if 'slices' in k else [[True, False, False, True]]*2
+        assert [[s['here'] for s in r[k]] for r in (a, b)] == alone, k       # the slices were not both spoilt: somebody had to tell
