@@ -1,49 +1,119 @@
-"""The rules of the house. Each check takes the root of a tree and returns its complaints, one line each; none runs or imports what it reads.
+"""The rules of the house. Each check takes the root of a tree and returns its complaints, one line each; none runs
+or imports what it reads.
 
 `test_house.py` holds this repository to them and shows that each can fail."""
-import ast, json, re, shlex, sys
+import ast, io, json, re, shlex, sys, tokenize
+from collections import Counter
 from configparser import ConfigParser
+from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 
-LIB, MAX_LINES, MAX_KB, MAX_EMBEDDED_MB = 'sid_lsg_nb', 40, 600, 12
-NUMBER, DEFAULT_EXP = re.compile(r'\d+'), re.compile(r'^#\|\s*default_exp\s+(\S+)', re.M)
+LIB, MAX_LINES, MAX_KB, MAX_EMBEDDED_MB, MAX_WIDTH, MAX_WIDE = 'sid_lsg_nb', 40, 600, 12, 120, .01
+NUMBER, DEFAULT_EXP = re.compile(r'(\d+)_'), re.compile(r'^#\|\s*default_exp\s+(\S+)', re.M)
 MACHINE_PATH = re.compile(r'(?<![\w.])/(?:home|root|Users|work|mnt)/\S{1,40}')
-TEXT = {'.py', '.md', '.ipynb', '.ini', '.yml', '.yaml', '.toml', '.txt', '.cfg', '.cff', '.in', '.css', '.json', '.sh'}
-EMBEDDED = ['NOTICE', 'prompts.txt', 'world.json', 'reference.safetensors', 'scorer/open_clip_model.safetensors', 'teacher/model_index.json',
-            *(f'teacher/{d}/diffusion_pytorch_model.safetensors' for d in ('unet', 'vae')), 'teacher/text_encoder/model.safetensors', 'teacher/tokenizer/merges.txt']
+TEXT = set('.py .md .qmd .ipynb .ini .yml .yaml .toml .txt .cfg .cff .in .css .json .sh .svg'.split())
+EMBEDDED = ['NOTICE', 'prompts.txt', 'world.json', 'reference.safetensors', 'scorer/open_clip_model.safetensors',
+            'teacher/model_index.json', 'teacher/text_encoder/model.safetensors', 'teacher/tokenizer/merges.txt',
+            *(f'teacher/{part}/diffusion_pytorch_model.safetensors' for part in ('unet', 'vae'))]
+
+# ---- the folders, in the order in which they may import: each from those above it
+
+@dataclass(frozen=True)
+class Floor:
+    "A folder of notebooks and the package that they make"
+    folder: str          # in nbs/; '' is nbs/ itself
+    package: str|None    # in the library; None: its notebooks export nothing
+    title: str
+    holds: str           # one line for the map, the side bar and CONTRIBUTING.md
+    single: tuple = ()   # modules of its notebooks that lie beside the packages
+
+FLOORS = (
+    Floor('', None, 'Foundations', 'devices, seeds, noise, errors, whole files; pickles read without running them; '
+          'tiny random models for tests', ('core', 'checkpoint_reader', 'testing')),
+    Floor('1_method', 'method', 'Method', 'noise levels, score identities, guidance, one step and few steps, '
+          'losses, the training steps, the discriminator'),
+    Floor('2_teachers', 'teachers', 'Teachers', 'pretrained models, one file per family; students opened and '
+          'saved'),
+    Floor('3_data', 'data', 'Data', 'prompts, folders of images, real images for training'),
+    Floor('4_metrics', 'metrics', 'Metrics', 'FID, KID, precision and recall, CLIP score, the protocols of papers'),
+    Floor('5_export', 'export', 'Export', 'single files, LoRA, ONNX, the model card; official checkpoints read in'),
+    Floor('6_training', 'training', 'Training', 'settings, memory, processes, checkpoints, log, alarm, trainer'),
+    Floor('7_commands', 'commands', 'Commands', 'the command line, and commands with a chapter of their own',
+          ('cli',)),
+    Floor('8_stories', None, 'Stories', 'whole runs to read from end to end; they export nothing'),
+)
+ROOMS = {f.folder: i for i, f in enumerate(FLOORS)}
+PACKAGES = {f.package: i for i, f in enumerate(FLOORS) if f.package}
+FOR_TESTS = 'testing'    # product code never imports it
 
 # ---- reading a tree
 
+def all_notebooks(root):
+    "Every notebook in nbs/, drafts too"
+    return sorted(p for p in (root/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+
+def is_draft(root, nb): return any(part[0] in '._' for part in nb.relative_to(root/'nbs').parts)
+
 def notebooks(root):
     "Notebooks that nbdev sees: not hidden, not drafts"
-    return sorted(p for p in (root/'nbs').rglob('*.ipynb') if not any(o[0] in '._' for o in p.relative_to(root/'nbs').parts))
+    return [p for p in all_notebooks(root) if not is_draft(root, p)]
+
+def folder_of(root, nb): return '' if nb.parent == root/'nbs' else nb.parent.relative_to(root/'nbs').as_posix()
+
+def in_order(root):
+    "`(floor, its notebooks)` for every floor that has some; the index and folders of no floor left out"
+    books = [p for p in notebooks(root) if NUMBER.match(p.name)]
+    found = [(f, [p for p in books if folder_of(root, p) == f.folder]) for f in FLOORS]
+    return [(f, sorted(ps, key=number)) for f, ps in found if ps]
+
+def number(nb): return int(m[1]) if (m := NUMBER.match(nb.name)) else None
+
+def base(nb): return NUMBER.sub('', nb.stem, count=1)
 
 def modules(root): return sorted(p for p in (root/LIB).rglob('*.py') if not p.name.startswith('_modidx'))
 
+def dotted(root, file):
+    "Name of a module below the library; that of a package for its `__init__`, '' for the library's own"
+    parts = file.relative_to(root/LIB).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+def module_file(root, module): return root/LIB/f'{module.replace(".", "/")}.py'
+
 def scripts(root):
     "Python that is not exported: tests, recipes, benchmarks"
-    return sorted(p for d in ('tests', 'nbs', 'benchmarks') for p in (root/d).rglob('*.py') if '.ipynb_checkpoints' not in p.parts)
+    found = (p for d in ('tests', 'nbs', 'benchmarks') for p in (root/d).rglob('*.py'))
+    return sorted(p for p in found if '.ipynb_checkpoints' not in p.parts)
 
-def cells(nb): return [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+def cells(nb):
+    "Sources of a notebook's code cells"
+    found = json.loads(nb.read_text(encoding='utf-8'))['cells']
+    return [''.join(c['source']) for c in found if c['cell_type'] == 'code']
+
+def made_by(nb): return DEFAULT_EXP.findall('\n'.join(cells(nb)))
+
+def parse(file): return ast.parse(file.read_text(encoding='utf-8'))
 
 def parse_cell(code):
     "Syntax tree of a cell, its magics left out"
-    return ast.parse('' if code.lstrip().startswith('%%') else re.sub(r'^(\s*)[%!].*$', r'\1pass', code, flags=re.M))
+    if code.lstrip().startswith('%%'): return ast.parse('')
+    return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', code, flags=re.M))
 
 def trees(root):
     "`(place, syntax tree)` of every module, script and notebook cell"
-    for f in [*modules(root), *scripts(root)]: yield f.relative_to(root), ast.parse(f.read_text(encoding='utf-8'))
+    for f in [*modules(root), *scripts(root)]: yield f.relative_to(root), parse(f)
     for nb in notebooks(root):
         for code in cells(nb): yield nb.relative_to(root), parse_cell(code)
 
 # ---- notebooks
 
 def odd_notebooks(root, at_least=15):
-    "Too few notebooks, or a mark that makes nbdev_test pass without running them"
-    nbs = notebooks(root)
+    "Too few notebooks, one that nbdev leaves out, or a mark that makes nbdev_test pass without running them"
+    nbs = all_notebooks(root)
     few = [f'nbs: {len(nbs)} notebooks, {at_least} or more expected'] if len(nbs) < at_least else []
-    marks = [f'{p.relative_to(root)}: nbdev_test skips this folder and says nothing' for p in sorted((root/'nbs').rglob('.notest'))]
-    return few + marks + [c for nb in nbs for c in bad_notebook(root, nb)]
+    left = [f'{p.relative_to(root)}: nbdev_test leaves this out' for p in nbs if is_draft(root, p)]
+    marks = [f'{p.relative_to(root)}: nbdev_test skips this folder and says nothing'
+             for p in sorted((root/'nbs').rglob('.notest'))]
+    return few + left + marks + [c for nb in nbs for c in bad_notebook(root, nb)]
 
 def bad_notebook(root, nb):
     "Not JSON, too heavy, or with a saved error"
@@ -54,66 +124,184 @@ def bad_notebook(root, nb):
     outputs = [o for c in doc['cells'] for o in c.get('outputs', [])]
     return heavy + [f'{name}: saved error output {o.get("ename")}' for o in outputs if o['output_type'] == 'error']
 
+# ---- where notebooks and modules lie
+
+def twice(kind, names):
+    "A complaint for each name that comes more than once"
+    return [f'{kind} {n}: {k} of this name' for n, k in sorted(Counter(names).items()) if k > 1]
+
+def misplaced(root, nb):
+    "A notebook in no floor's folder, without a number, or that makes a module of another floor or name"
+    place, folder = nb.relative_to(root), folder_of(root, nb)
+    if nb == root/'nbs'/'index.ipynb': return []
+    if folder not in ROOMS: return [f'{place}: no folder of the table of floors']
+    if number(nb) is None: return [f'{place}: no number']
+    floor = FLOORS[ROOMS[folder]]
+    own = {*floor.single, *([f'{floor.package}.{base(nb)}'] if floor.package else [])}
+    strange = [f'{place}: makes {m}, which is not of this folder' for m in made_by(nb) if m not in own]
+    return strange + [f'{place}: makes {m}, another name' for m in made_by(nb)
+                      if m in own and m.rpartition('.')[2] != base(nb)]
+
+def places(root):
+    "Each notebook on its floor, each number once in its folder, each base name once in the house"
+    nbs, mods = notebooks(root), [p for p in modules(root) if p.stem != '__init__']
+    numbers = Counter((folder_of(root, p), number(p)) for p in nbs if number(p) is not None)
+    used = [f'nbs/{folder}: number {n:02d} is used {k} times'
+            for (folder, n), k in sorted(numbers.items()) if k > 1]
+    names = twice('notebooks', map(base, nbs)) + twice('modules', (p.stem for p in mods))
+    return [c for nb in nbs for c in misplaced(root, nb)] + used + names
+
 # ---- the ladder
 
-def rooms(root):
-    "Module -> number of the notebook that makes it"
+def ranks(root):
+    "Module -> (floor, number of the notebook that makes it)"
     found = {}
     for nb in notebooks(root):
-        if n := NUMBER.match(nb.name):
-            for m in DEFAULT_EXP.findall('\n'.join(cells(nb))): found.setdefault(m, int(n[0]))
+        if (place := rank(root, nb)):
+            for m in made_by(nb): found.setdefault(m, place)
     return found
 
-def inner_imports(tree):
-    "Names of the package's modules that a syntax tree imports"
-    for n in ast.walk(tree):
-        if isinstance(n, ast.Import): yield from (a.name.split('.')[1] for a in n.names if a.name.startswith(LIB + '.'))
-        elif isinstance(n, ast.ImportFrom):
-            module = f'{LIB}.{n.module or ""}'.rstrip('.') if n.level else n.module
-            if module == LIB: yield from (a.name for a in n.names)
-            elif module.startswith(LIB + '.'): yield module.split('.')[1]
+def rank(root, nb):
+    "(floor, number) of a notebook; None for one without a number, such as the index"
+    return None if number(nb) is None else (ROOMS.get(folder_of(root, nb), len(FLOORS)), number(nb))
 
-def climbs(place, tree, number, own, numbers):
-    "Imports of modules that are not below `number`"
-    names = sorted(m for m in set(inner_imports(tree)) if m in numbers and m not in own and numbers[m] >= number)
-    return [f'{place}: imports {m} of notebook {numbers[m]:02d}, not below {number:02d}' for m in names]
+def absolute(node, home):
+    "Dotted name below the library that a `from` import in package `home` starts from; None: not ours"
+    if node.level:
+        above = home.split('.') if home else []
+        above = above[:len(above) - node.level + 1]
+        return '.'.join([*above, *([node.module] if node.module else [])])
+    head, _, rest = (node.module or '').partition('.')
+    return rest if head == LIB else None
+
+def imports(tree, home, known):
+    "Names below the library that a syntax tree imports; for what lies in a module of `known`, that module"
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Import):
+            yield from (a.name.partition('.')[2] for a in n.names if a.name.startswith(LIB + '.'))
+        elif isinstance(n, ast.ImportFrom) and (start := absolute(n, home)) is not None:
+            if start in known: yield start
+            else: yield from (f'{start}.{a.name}'.strip('.') for a in n.names)
+
+def place_of(name, ranks):
+    "(floor, number) of an imported module; of a package, below all its modules; None: neither"
+    return ranks.get(name) or ((PACKAGES[name], float('inf')) if name in PACKAGES else None)
+
+def climbs(place, tree, home, me, own, ranks):
+    "Imports of modules that are not above `me`, a (floor, number)"
+    found = {m: place_of(m, ranks) for m in imports(tree, home, ranks) if m not in own}
+    return [f'{place}: imports {m} ({said(there)}), not above {said(me)}'
+            for m, there in sorted(found.items()) if there and there >= me]
+
+def said(place):
+    "A (floor, number) as a reader finds it"
+    folder = FLOORS[place[0]].folder if place[0] < len(FLOORS) else '?'
+    return f'{folder or "nbs"}/' + ('*' if place[1] == float('inf') else f'{place[1]:02d}')
+
+def module_climbs(root, module, ranks):
+    "What one exported module imports and must not"
+    f = module_file(root, module)
+    place = f.relative_to(root)
+    if not f.exists(): return [f'{place}: missing, run nbdev_export']
+    tree, home = parse(f), home_of(f, root)
+    borrowed = FOR_TESTS in set(imports(tree, home, ranks)) and module != FOR_TESTS
+    return climbs(place, tree, home, ranks[module], [module], ranks) + (
+        [f'{place}: imports {FOR_TESTS}, which is for test cells'] if borrowed else [])
 
 def ladder(root):
-    "Modules and notebooks import only modules of lower notebooks"
-    numbers, out = rooms(root), []
-    for m, n in numbers.items():
-        f = root/LIB/f'{m}.py'
-        out += climbs(f.relative_to(root), ast.parse(f.read_text(encoding='utf-8')), n, [m], numbers) if f.exists() else [f'{f.relative_to(root)}: missing, run nbdev_export']
+    "Modules and cells import only from floors above theirs, and on their own floor from lower numbers"
+    known = ranks(root)
+    out = [c for m in known for c in module_climbs(root, m, known)]
     for nb in notebooks(root):
-        if n := NUMBER.match(nb.name):
-            own = DEFAULT_EXP.findall('\n'.join(cells(nb)))
-            for code in cells(nb): out += climbs(nb.relative_to(root), parse_cell(code), int(n[0]), own, numbers)
+        if (me := rank(root, nb)):
+            home, own = home_of(nb, root), made_by(nb)
+            for code in cells(nb): out += climbs(nb.relative_to(root), parse_cell(code), home, me, own, known)
     return list(dict.fromkeys(out))
 
+def floor_imports(root):
+    "{(floor, floor above): how many imports of modules}, from the exported modules"
+    known, found = ranks(root), Counter()
+    for m in known:
+        if (f := module_file(root, m)).exists():
+            for other in set(imports(parse(f), home_of(f, root), known)):
+                if (there := place_of(other, known)) and there[0] != known[m][0]: found[known[m][0], there[0]] += 1
+    return found
+
+def home_of(file, root):
+    "Package that a relative import in a module or a cell starts from"
+    if root/LIB in file.parents: return '.'.join(file.relative_to(root/LIB).parts[:-1])
+    floor = ROOMS.get(folder_of(root, file)) if root/'nbs' in file.parents else None
+    return (FLOORS[floor].package or '') if floor is not None else ''
+
+def given_lazily(root):
+    "Words of the library's `__init__`, which may hand out names of its modules"
+    return set(re.findall(r'\w+', (root/LIB/'__init__.py').read_text(encoding='utf-8')))
+
+def gone(root):
+    "Imports of modules that the library does not have, also in cells and tests that are skipped"
+    known = {dotted(root, p) for p in modules(root)} - {''} | {'_modidx'}
+    given, out = given_lazily(root), []
+    for place, tree in trees(root):
+        for m in sorted(set(imports(tree, home_of(root/place, root), known))):
+            allowed = m in known or (place.parts[0] != LIB and m in given) or m == '__version__'
+            if not allowed: out.append(f'{place}: imports {m}, which the library does not have')
+    return out
+
 def strays(root):
-    "Modules that no notebook makes; an `__init__` that holds more than the version"
-    made = {*rooms(root), '__init__'}
-    out = [f'{p.relative_to(root)}: no notebook makes it' for p in modules(root) if p.stem not in made]
-    init = ast.parse((root/LIB/'__init__.py').read_text(encoding='utf-8'))
-    return out + [f'{LIB}/__init__.py: imports something' for n in ast.walk(init) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    "Modules that no notebook makes, entries of modules that are gone, an `__init__` that imports"
+    made = {*ranks(root)}
+    out = [f'{p.relative_to(root)}: no notebook makes it' for p in modules(root)
+           if p.stem != '__init__' and dotted(root, p) not in made]
+    index = root/LIB/'_modidx.py'
+    entries = ast.literal_eval(parse(index).body[0].value)['syms'] if index.exists() else {}
+    out += [f'{LIB}/_modidx.py: {m} is gone' for m in entries if m.partition('.')[2] not in made]
+    return out + [c for p in modules(root) if p.stem == '__init__' for c in busy_init(root, p)]
+
+def busy_init(root, file):
+    "A package's `__init__` holds nothing; the library's own imports nothing when it is imported"
+    place, tree = file.relative_to(root), parse(file)
+    if file.parent != root/LIB: return [f'{place}: holds something'] if tree.body else []
+    held = [n for n in tree.body if not isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [f'{place}: imports something' for top in held for n in ast.walk(top)
+            if isinstance(n, (ast.Import, ast.ImportFrom))]
 
 # ---- code
 
 def long_functions(root):
     "Functions over `MAX_LINES` lines in modules and scripts"
     return [f'{p.relative_to(root)}:{n.lineno}: {n.name} has {size} lines, at most {MAX_LINES}'
-            for p in [*modules(root), *scripts(root)] for n in ast.walk(ast.parse(p.read_text(encoding='utf-8')))
-            if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and (size := n.end_lineno - n.lineno + 1) > MAX_LINES]
+            for p in [*modules(root), *scripts(root)] for n in ast.walk(parse(p))
+            if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))
+            and (size := n.end_lineno - n.lineno + 1) > MAX_LINES]
+
+def semicolons(text):
+    "Lines of statements behind a semicolon; one inside a string or a comment is none"
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return [t.start[0] for t in tokens if t.type == tokenize.OP and t.string == ';']
+
+def density(root):
+    "Lines over `MAX_WIDTH` characters, at most `MAX_WIDE` of all; and statements behind semicolons, none"
+    files = [p for p in [*modules(root), *scripts(root)] if (root/'nbs') not in p.parents]
+    texts = {p.relative_to(root): p.read_text(encoding='utf-8') for p in files}
+    out = [f'{place}:{lines[0]}: {len(lines)} statements behind a semicolon'
+           for place, text in texts.items() if (lines := semicolons(text))]
+    wide = {place: sum(len(l) > MAX_WIDTH for l in text.splitlines()) for place, text in texts.items()}
+    lines = sum(len(text.splitlines()) for text in texts.values())
+    if sum(wide.values()) <= MAX_WIDE*lines: return out
+    share = f'{sum(wide.values())} of {lines} lines over {MAX_WIDTH} characters, at most {MAX_WIDE:.0%}'
+    return out + [share, *(f'{place}: {n} of them' for place, n in sorted(wide.items(), key=lambda o: -o[1]) if n)]
 
 def is_unsafe(call):
     "Does this call unpickle what may come from elsewhere?"
     name, given = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
-    unpickles = re.search(r'(?:^|\.)(?:pickle|dill|joblib|cloudpickle)\.loads?$', name)
-    return bool(unpickles) or (name.endswith('torch.load') and given.get('weights_only') != 'True') or given.get('allow_pickle') == 'True'
+    unpickles = bool(re.search(r'(?:^|\.)(?:pickle|dill|joblib|cloudpickle)\.loads?$', name))
+    loads = name.endswith('torch.load') and given.get('weights_only') != 'True'
+    return unpickles or loads or given.get('allow_pickle') == 'True'
 
 def unsafe_loads(root):
     "`torch.load` without `weights_only=True`, and unpickling, anywhere"
-    return [f'{place}:{n.lineno}: {ast.unparse(n)[:60]} unpickles' for place, tree in trees(root) for n in ast.walk(tree) if isinstance(n, ast.Call) and is_unsafe(n)]
+    return [f'{place}:{n.lineno}: {ast.unparse(n)[:60]} unpickles' for place, tree in trees(root)
+            for n in ast.walk(tree) if isinstance(n, ast.Call) and is_unsafe(n)]
 
 def outer_imports(tree):
     "Top-level packages that a module imports when it is imported"
@@ -128,25 +316,30 @@ def unstated(root):
     cp = ConfigParser(delimiters=['='])
     cp.read(root/'settings.ini', encoding='utf-8')
     stated = {norm(re.match(r'[\w.-]+', r)[0]) for r in shlex.split(cp['DEFAULT']['requirements'])}
-    tops = {t for p in modules(root) for t in outer_imports(ast.parse(p.read_text(encoding='utf-8')))} - {LIB} - set(sys.stdlib_module_names)
+    tops = {t for p in modules(root) for t in outer_imports(parse(p))} - {LIB} - set(sys.stdlib_module_names)
     known = packages_distributions()
-    return [f'settings.ini: {t} is imported by the library and not required' for t in sorted(tops) if not stated & {norm(d) for d in known.get(t, [t])}]
+    return [f'settings.ini: {t} is imported by the library and not required'
+            for t in sorted(tops) if not stated & {norm(d) for d in known.get(t, [t])}]
 
 # ---- files
 
 def texts(root):
     "Text files of the house"
-    skip = {'.git', '_proc', '_docs', 'runs', 'build', 'dist', 'shared', 'venv', '.venv', '.ci-venv', '__pycache__'}
+    skip = set('.git _proc _docs runs build dist shared venv .venv .ci-venv __pycache__'.split())
     tops = [p for p in root.iterdir() if p.name not in skip and p.suffix != '.egg-info']
     files = (f for p in tops for f in ([p] if p.is_file() else p.rglob('*')))
-    return sorted(f for f in files if f.is_file() and (f.suffix in TEXT or f.parent.name == '.ci') and not skip & set(f.relative_to(root).parts))
+    wanted = lambda f: f.suffix in TEXT or f.parent.name == '.ci'
+    return sorted(f for f in files if f.is_file() and wanted(f) and not skip & set(f.relative_to(root).parts))
 
 def machine_paths(root):
     "Paths of somebody's machine in a text file"
     found = ((p, MACHINE_PATH.search(p.read_text(encoding='utf-8', errors='ignore'))) for p in texts(root))
     return [f'{p.relative_to(root)}: names a path of a machine, {m[0]}' for p, m in found if m]
 
-def embedded_files(root): return {p.relative_to(root).as_posix(): p.stat().st_size for p in (root/LIB/'embedded').rglob('*') if p.is_file() and p.suffix != '.pyc'}
+def embedded_files(root):
+    "Bundled files and their sizes"
+    files = (p for p in (root/LIB/'embedded').rglob('*') if p.is_file() and p.suffix != '.pyc')
+    return {p.relative_to(root).as_posix(): p.stat().st_size for p in files}
 
 def embedded_gaps(sizes, packed):
     "`sizes` of the bundled files against the names `packed` in a wheel or sdist"

@@ -3,23 +3,32 @@
 nbdev's own preprocessing (`proc_nbs`: show_doc, hidden cells, doc links), then pandoc from `pypandoc_binary`.
 From the repository root, with the package installed (`pip install -e .`):
 
-  python tests/offline_docs.py            # the site in _docs/; fails on broken links and anchors and on saved errors
-  python tests/offline_docs.py --readme   # README.md from nbs/index.ipynb"""
-import argparse, json, re, shutil, sys
+  python tests/offline_docs.py             # the site in _docs/; fails on broken links, broken anchors, saved errors
+  python tests/offline_docs.py --readme    # README.md from nbs/index.ipynb
+  python tests/offline_docs.py --sidebar   # nbs/sidebar.yml, after a notebook was added, moved or renamed
+  python tests/offline_docs.py --house     # the same and the map: nbs/map.qmd, picture, tables of CONTRIBUTING.md"""
+import argparse, html, json, os, re, shutil, sys
 from base64 import b64decode
 from importlib.metadata import entry_points
 from pathlib import Path
 import pypandoc, yaml
 from nbdev.config import get_config
-from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
+import house_map
 
 OPTION = re.compile(r'^#\|\s*([\w-]+)\s*:\s*(.*)$')
 PICTURES = {'image/png': 'png', 'image/jpeg': 'jpg', 'image/svg+xml': 'svg'}
-PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title} – {site}</title>
-<meta name="description" content="{lead}"><link rel="stylesheet" href="site.css"></head><body><nav>{nav}</nav><main><h1>{title}</h1><p class="lead">{lead}</p>{body}</main></body></html>'''
-CSS = '''body{display:flex;margin:0;font:16px/1.6 system-ui}nav{min-width:14rem;padding:1.5rem;background:#f6f6f8}nav a{display:block}main{max-width:52rem;padding:1.5rem 2rem;min-width:0}
-pre{overflow:auto;padding:.7rem;background:#f6f6f8}pre.output{background:none;border-left:3px solid #ccc}img{max-width:100%}table{border-collapse:collapse}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd}
+PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><title>{title} – {site}</title>
+<meta name="description" content="{lead}"><link rel="stylesheet" href="{css}"></head>
+<body><nav>{nav}</nav><main><h1>{title}</h1><p class="lead">{lead}</p>{body}</main></body></html>'''
+CSS = '''body{display:flex;margin:0;font:16px/1.6 system-ui}
+nav{width:16rem;flex:none;padding:1.5rem;background:#f6f6f8}nav a{display:block}
+nav h2{font-size:1rem;margin:1.2rem 0 0}nav p{font-size:.8rem;line-height:1.3;margin:0 0 .3rem;color:#555}
+main{max-width:52rem;padding:1.5rem 2rem;min-width:0}
+pre{overflow:auto;padding:.7rem;background:#f6f6f8}pre.output{background:none;border-left:3px solid #ccc}
+img{max-width:100%}table{border-collapse:collapse}td,th{padding:.2rem .6rem;border-bottom:1px solid #ddd}
 div[class^=callout]{border-left:4px solid #47a;padding:.2rem 1rem;background:#f2f7fc}
 '''
 
@@ -43,7 +52,7 @@ def save_picture(data, mime, path):
     else: path.write_bytes(b64decode(body))
 
 def output_md(o, stem, spot, out, caption=''):
-    "Markdown for one cell output; its picture goes to `out/<stem>_files`"
+    "Markdown for one cell output; its picture goes to `<stem>_files` in the page's folder `out`"
     if o['output_type'] == 'stream': return None if o['name'] == 'stderr' else fenced(''.join(o['text']))
     if o['output_type'] == 'error': sys.exit(f'{stem}: {spot} holds an error output: {o["ename"]}')
     data = o['data']
@@ -62,11 +71,12 @@ def code_md(cell, stem, i, out):
     if opts.get('include') == 'false': return []
     shown = [f'```python\n{code}\n```'] if code.strip() and opts.get('echo') != 'false' else []
     outputs = [] if opts.get('output') == 'false' else cell.get('outputs', [])
-    made = [output_md(o, stem, f'cell-{i}-output-{j}', out, opts.get('fig-cap', '')) for j, o in enumerate(outputs)]
+    caption = opts.get('fig-cap', '')
+    made = [output_md(o, stem, f'cell-{i}-output-{j}', out, caption) for j, o in enumerate(outputs)]
     return shown + [m for m in made if m]
 
 def nb2md(path, out):
-    "Front matter and markdown body of one processed notebook"
+    "Front matter and markdown body of one processed notebook; its pictures go to the folder `out`"
     nb, front, body = json.loads(path.read_text(encoding='utf-8')), {}, []
     for i, c in enumerate(nb['cells']):
         s = ''.join(c.get('source') or '')
@@ -75,27 +85,43 @@ def nb2md(path, out):
         elif c['cell_type'] == 'code': body += code_md(c, path.stem, i, out)
     return front, '\n\n'.join(body) + '\n'
 
-def pandoc(text, to, *args): return pypandoc.convert_text(text, to, format='markdown-yaml_metadata_block-smart', extra_args=list(args))
+def qmd2md(path):
+    "Front matter and markdown body of a page without cells"
+    _, front, body = path.read_text(encoding='utf-8').split('---\n', 2)
+    return yaml.safe_load(front), body
+
+def page2md(path, out): return nb2md(path, out) if path.suffix == '.ipynb' else qmd2md(path)
+
+def pandoc(text, to, *args):
+    "Markdown converted by pandoc"
+    return pypandoc.convert_text(text, to, format='markdown-yaml_metadata_block-smart', extra_args=list(args))
 
 # ---- README.md
 
-def page_name(nb): return re.sub(r'^\d+[a-zA-Z0-9]*_', '', nb.name.lower()).removesuffix('.ipynb') + '.html'
+def folder(page): return page.rpartition('/')[0]
+
+def page_name(nb):
+    "Page of a notebook, both relative to where notebooks and pages lie: nbdev keeps the folder, not the number"
+    return (nb.parent/re.sub(r'^\d+[a-zA-Z0-9]*_', '', nb.name.lower())).with_suffix('.html').as_posix()
 
 def repo_links(md, cfg):
-    "Links of the docs, rewritten to files of the repository: doc pages and notebooks, pictures, files named by their address"
-    made_by = {page_name(p): p.name for p in cfg.nbs_path.glob('*.ipynb')}
-    base = re.escape(f'{cfg.doc_host}{cfg.doc_baseurl}/')
-    md = re.sub(rf'\]\({base}([\w.-]+\.html)(?:#[^)]*)?\)', lambda m: f'](nbs/{made_by[m[1]]})' if m[1] in made_by else m[0], md)
+    "Links of the docs, rewritten to files of the repository: pages, notebooks, pictures, files named by address"
+    nbs = (p.relative_to(cfg.nbs_path) for p in cfg.nbs_path.rglob('*.ipynb'))
+    made_by, base = {page_name(p): p.as_posix() for p in nbs}, re.escape(f'{cfg.doc_host}{cfg.doc_baseurl}/')
+    to_repo = lambda m: f'](nbs/{made_by[m[1]]})' if m[1] in made_by else m[0]
+    md = re.sub(rf'\]\({base}([\w./-]+\.html)(?:#[^)]*)?\)', to_repo, md)
     md = md.replace(f']({cfg.git_url}/blob/{cfg.branch}/', '](')
-    return re.sub(r'\]\((?=images/|recipes/|[\w-]+\.ipynb)', '](nbs/', md)
+    return re.sub(r'\]\((?!nbs/)(?=images/|recipes/|[\w/-]+\.(?:ipynb|qmd))', '](nbs/', md)
 
 def write_readme(cfg, cache):
     "README.md from the processed index notebook"
     front, md = nb2md(cache/cfg.readme_nb, cache)
-    if f'{Path(cfg.readme_nb).stem}_files/' in md: sys.exit('index.ipynb shows a picture as cell output: save it in nbs/images and link it')
+    if f'{Path(cfg.readme_nb).stem}_files/' in md:
+        sys.exit('index.ipynb shows a picture as cell output: save it in nbs/images and link it')
     note = f'<!-- made from nbs/{cfg.readme_nb} by tests/offline_docs.py: edit there -->'
     md = re.sub(r'<!-- WARNING: THIS FILE WAS AUTOGENERATED.*?-->', note, md)
-    head = f"# {front.get('title', cfg.title)}\n\n" + (f"> {front['description']}\n\n" if front.get('description') else '')
+    lead = f"> {front['description']}\n\n" if front.get('description') else ''
+    head = f"# {front.get('title', cfg.title)}\n\n{lead}"
     text = pandoc(head + repo_links(md, cfg), 'gfm', '--wrap=preserve')
     (cfg.config_path/'README.md').write_text(text.rstrip() + '\n', encoding='utf-8')
 
@@ -117,31 +143,53 @@ def flatten(items):
     "Files named by the sidebar, in its order"
     for o in items:
         if isinstance(o, str): yield o
-        else:
-            if 'href' in o: yield o['href']
-            yield from flatten(o.get('contents', []))
+        else: yield from flatten(o.get('contents', []))
 
 def write_css(out):
     "Our own style and pandoc's colours for code"
     page = pandoc('```python\nx=1\n```', 'html', '--standalone', '-M', 'title=x')
     style = re.search(r'<style>(.*?)</style>', page, re.S)[1].splitlines()
-    (out/'site.css').write_text(CSS + '\n'.join(l for l in style if 'code' in l and '{' in l and '}' in l), encoding='utf-8')
+    rules = [line for line in style if 'code' in line and '{' in line and '}' in line]
+    (out/'site.css').write_text(CSS + '\n'.join(rules), encoding='utf-8')
 
-def page_body(md, base, pages):
-    "HTML of one page, its links to notebooks turned into links to pages"
+def from_page(target, page): return os.path.relpath(target, folder(page) or '.').replace(os.sep, '/')
+
+def within(page, link): return os.path.normpath(os.path.join(folder(page), link)).replace(os.sep, '/')
+
+def page_body(md, page, base, pages):
+    "HTML of one page; its links to notebooks and to pages by address turned into links from here to pages"
     body = pandoc(md, 'html5', '--mathml', '--wrap=preserve')
-    if base: body = body.replace(f'href="{base}/', 'href="')
-    return re.sub(r'href="([^":#]+\.ipynb)', lambda m: f'href="{pages.get(Path(m[1]).name, m[1])}', body)
+    if base: body = re.sub(rf'href="{re.escape(base)}/([^"]*)"', lambda m: f'href="{from_page(m[1], page)}"', body)
+    def to_page(m):
+        there = pages.get(within(page, m[1]))
+        return f'href="{from_page(there, page)}' if there else m[0]
+    return re.sub(r'href="([^":#]+\.(?:ipynb|qmd))', to_page, body)
+
+def nav_html(items, page, pages, titles):
+    "The side bar as one page shows it: sections, their one line, links to the other pages"
+    out = []
+    for o in items:
+        if isinstance(o, str):
+            here = ' aria-current=page' if pages[o] == page else ''
+            out.append(f'<a href="{from_page(pages[o], page)}"{here}>{html.escape(titles[o])}</a>')
+        elif 'section' in o:
+            out += [f'<h2>{html.escape(o["section"])}</h2>', nav_html(o['contents'], page, pages, titles)]
+        else: out.append(f'<p>{html.escape(o["text"])}</p>')
+    return ''.join(out)
 
 def write_pages(cache, out, website):
-    "One HTML file per notebook of the sidebar; returns how many"
-    docs = [(cache/o, *nb2md(cache/o, out)) for o in flatten(website['sidebar']['contents'])]
-    name = {p: front.get('output-file', p.stem + '.html') for p, front, _ in docs}
-    pages, base = {p.name: n for p, n in name.items()}, website.get('site-url', '').rstrip('/')
-    for p, front, md in docs:
-        nav = ''.join(f'<a href="{name[o]}"{" aria-current=page" if o == p else ""}>{f.get("title", o.stem)}</a>' for o, f, _ in docs)
-        html = PAGE.format(title=front.get('title', p.stem), lead=front.get('description', ''), site=website['title'], nav=nav, body=page_body(md, base, pages))
-        (out/name[p]).write_text(html, encoding='utf-8')
+    "One HTML file per file that the sidebar names, in the same folder; returns how many"
+    contents, base = website['sidebar']['contents'], website.get('site-url', '').rstrip('/')
+    docs = {o: page2md(cache/o, out/folder(o)) for o in flatten(contents)}
+    pages = {o: within(o, front.get('output-file', Path(o).stem + '.html')) for o, (front, _) in docs.items()}
+    titles = {o: front.get('title', Path(o).stem) for o, (front, _) in docs.items()}
+    for o, (front, md) in docs.items():
+        page, file = pages[o], out/pages[o]
+        text = PAGE.format(title=titles[o], lead=front.get('description', ''), site=website['title'],
+                           css=from_page('site.css', page), nav=nav_html(contents, page, pages, titles),
+                           body=page_body(md, page, base, pages))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding='utf-8')
     return len(docs)
 
 def local_links(page):
@@ -151,23 +199,26 @@ def local_links(page):
 
 def copy_linked(out, nbs):
     "Files beside the notebooks that a page links to (pictures, recipes) go along"
-    for page in out.glob('*.html'):
+    for page in sorted(out.rglob('*.html')):
         for u in local_links(page):
-            file = u.partition('#')[0]
-            if file and not (out/file).exists() and (nbs/file).is_file():
+            file = within(page.relative_to(out).as_posix(), u.partition('#')[0])
+            if not file.startswith('..') and not (out/file).exists() and (nbs/file).is_file():
                 (out/file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(nbs/file, out/file)
 
+def broken_link(out, page, link):
+    "What is wrong with one local link of `page`, a path below `out`; None if it holds"
+    file, _, anchor = link.partition('#')
+    place = within(page, file) if file else page
+    target = out/place
+    if place.startswith('..') or not target.is_file(): return f'{page}: broken link {link}'
+    if anchor and target.suffix == '.html' and f'id="{anchor}"' not in target.read_text(encoding='utf-8'):
+        return f'{page}: broken anchor {link}'
+
 def broken_links(out):
     "Local links, pictures and anchors of the site that lead nowhere, one line each"
-    bad = []
-    for page in sorted(out.glob('*.html')):
-        for u in local_links(page):
-            file, _, anchor = u.partition('#')
-            target = out/file if file else page
-            if not target.exists(): bad.append(f'{page.name}: broken link {u}')
-            elif anchor and target.suffix == '.html' and f'id="{anchor}"' not in target.read_text(encoding='utf-8'): bad.append(f'{page.name}: broken anchor {u}')
-    return bad
+    pages = {p.relative_to(out).as_posix(): p for p in sorted(out.rglob('*.html'))}
+    return [bad for page, p in pages.items() for u in local_links(p) if (bad := broken_link(out, page, u))]
 
 def write_site(cfg, cache, out):
     "The whole site in `out`"
@@ -180,25 +231,28 @@ def write_site(cfg, cache, out):
     if bad := broken_links(out): sys.exit('\n'.join(bad))
     print(f'{n} pages, no broken link')
 
-# ---- both
+# ---- all of it
 
 def stage(cfg):
     "Notebooks processed by nbdev into `_proc`, with the sidebar and the root `_quarto.yml`"
     sys.path.insert(0, str(cfg.config_path))
-    if not any(o.name == cfg.lib_path.name for o in entry_points(group='nbdev')): sys.exit("doc links need the package: pip install -e '.[dev]'")
+    if not any(o.name == cfg.lib_path.name for o in entry_points(group='nbdev')):
+        sys.exit("doc links need the package: pip install -e '.[dev]'")
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__(file_re=r'\.(?:ipynb|qmd)$')
+    if not (cfg.nbs_path/'1_method').exists(): house_map.write_sidebar(cfg.config_path)  # until folders hold chapters
     cache = proc_nbs(force=True)
-    if (cfg.config_path/'_quarto.yml').read_text() != (cache/'_quarto.yml').read_text(): sys.exit('nbs/_quarto.yml is not the root _quarto.yml (a symlink lost in the clone?)')
+    if (cfg.config_path/'_quarto.yml').read_text() != (cache/'_quarto.yml').read_text():
+        sys.exit('nbs/_quarto.yml is not the root _quarto.yml (a symlink lost in the clone?)')
     return cache
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    ap.add_argument('--readme', action='store_true')
+    for name in ('--readme', '--sidebar', '--house'): ap.add_argument(name, action='store_true')
     ap.add_argument('--out', type=Path)
     a, cfg = ap.parse_args(), get_config()
-    cache = stage(cfg)
-    if a.readme: write_readme(cfg, cache)
-    else: write_site(cfg, cache, (a.out or cfg.doc_path).absolute())
+    if a.house: house_map.write_map(cfg.config_path)
+    elif a.sidebar: house_map.write_sidebar(cfg.config_path)
+    elif a.readme: write_readme(cfg, stage(cfg))
+    else: write_site(cfg, stage(cfg), (a.out or cfg.doc_path).absolute())
 
 if __name__ == '__main__': main()

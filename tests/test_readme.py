@@ -41,7 +41,7 @@ def told(text):
 
 def chapters():
     "The prose of every notebook and guide, by name"
-    for f in sorted(ROOT.glob('nbs/*.ipynb')):
+    for f in sorted(ROOT.glob('nbs/**/*.ipynb')):
         cells = json.loads(f.read_text(encoding='utf-8'))['cells']
         yield f.stem, '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
     for name in ('CONTRIBUTING.md', 'benchmarks/README.md'): yield name, (ROOT/name).read_text(encoding='utf-8')

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from sid_lsg_nb.core import DISAGREEMENT
 
-LIBRARY = sorted((Path(__file__).parent.parent/'sid_lsg_nb').glob('*.py'))
+LIBRARY = sorted((Path(__file__).parent.parent/'sid_lsg_nb').rglob('*.py'))
 
 @pytest.mark.parametrize('module', LIBRARY, ids=lambda p: p.stem)
 def test_the_disagreement_is_called_no_distance(module):
