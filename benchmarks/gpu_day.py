@@ -77,15 +77,16 @@ def where(r:Report):
 
 def bundled(o, **more):
     "The bundled teacher, in twenty iterations or three"
-    from sid_lsg_nb.settings import Config
+    from sid_lsg_nb.training.config import Config
     return Config(**dict(device=o.device, batch=4 if o.tiny else 16, micro=2 if o.tiny else None, kappa=1.5) | more)
 
 def losses(config, n:int):
     "Losses of n iterations, on noise that the CPU makes: [n, 3] float64; and the job"
     import torch
     from sid_lsg_nb.core import rng
-    from sid_lsg_nb.distill import draw, fake_step, generator_step, shares, text_batches
-    from sid_lsg_nb.trainer import setup
+    from sid_lsg_nb.method.steps import draw, fake_step, generator_step, shares
+    from sid_lsg_nb.data.prompt_stream import text_batches
+    from sid_lsg_nb.training.trainer import setup
     job = setup(config); c, recipe, dice, out = job.config, job.game.recipe, rng(config.seed), []
     def noises(fake):
         noise = draw((c.batch, *job.teacher.latent_shape), job.teacher.schedule, recipe, dice, fake=fake)
@@ -134,7 +135,7 @@ def no_waits(device):
 
 def waits(r:Report):
     "Whole iterations, with prompts, noise and average, that never wait"
-    from sid_lsg_nb.trainer import iterate, setup
+    from sid_lsg_nb.training.trainer import iterate, setup
     for name, settings in dict(fp32={}, fp16=dict(precision='fp16', sequential=True), bf16=dict(precision='bf16', checkpointing=True), law=dict(law='edm')).items():
         if r.o.tiny and name in ('fp16', 'law'): continue            # slow on CPUs; a law looks at numbers of the CPU's own
         with r.attempt(f'waits_{name}'):
@@ -237,7 +238,7 @@ def torch_cat(parts):
 def official(r:Report, teacher, precision:str, rounds:int)->dict:
     "Images per second of that structure, on the weights of this teacher"
     import torch
-    from sid_lsg_nb.bench import clock
+    from sid_lsg_nb.commands.bench import clock
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     o, prompts = Official(teacher, precision), [f'a picture of thing {i}' for i in range(rounds)]
     o.iterate(prompts); seconds = [clock(lambda: o.iterate(prompts), torch.device(teacher.device)) for _ in range(2)]
@@ -254,14 +255,15 @@ def fast_rows(o)->list: # (name, settings of `Bench`), in order of worth
 
 def small_teacher(o, home:Path):
     "SD1.5 of random weights on the device; in a rehearsal the tiny one"
-    from sid_lsg_nb.bench import random_teacher
-    from sid_lsg_nb.denoiser import load_teacher, tiny_pipeline
+    from sid_lsg_nb.commands.bench import random_teacher
+    from sid_lsg_nb.teachers.denoiser import load_teacher
+    from sid_lsg_nb.testing import tiny_pipeline
     return load_teacher(tiny_pipeline(home/'tiny'), device_of(o)) if o.tiny else random_teacher('random-sd15', device_of(o))
 
 def fast(r:Report):
     "Iteration against its network calls, and against the official structure in the same process on the same weights"
     import torch
-    from sid_lsg_nb.bench import measure
+    from sid_lsg_nb.commands.bench import measure
     rows, theirs, longest = {}, {}, 5.; home = Path(tempfile.mkdtemp())
     for name, b in fast_rows(r.o):
         if r.left() < 1.5*longest + ('compile' in name)*60*(not r.o.tiny): r.add(**{f'{name}_skipped': 'no time left'}); continue
@@ -278,7 +280,7 @@ def fast(r:Report):
     shutil.rmtree(home); r.add(goals=judged(rows, theirs))
 
 def bench_of(settings:dict):
-    from sid_lsg_nb.bench import Bench
+    from sid_lsg_nb.commands.bench import Bench
     return Bench(**settings)
 
 def judged(rows:dict, theirs:dict)->dict:
@@ -295,9 +297,9 @@ def judged(rows:dict, theirs:dict)->dict:
 def small(r:Report):
     "Presets for 24 and 12 GB, with the card's memory capped to that"
     import torch
-    from sid_lsg_nb.bench import measure
-    from sid_lsg_nb.memory import SHAPES, budget, meta_unet
-    from sid_lsg_nb.settings import shapes_of
+    from sid_lsg_nb.commands.bench import measure
+    from sid_lsg_nb.training.memory import SHAPES, budget, meta_unet
+    from sid_lsg_nb.training.config import shapes_of
     device, home = device_of(r.o), Path(tempfile.mkdtemp())
     for gb, more in ((24, dict(sequential=True)), (12, dict(lora='both'))):
         settings = dict(micro=1, precision='bf16' if r.o.tiny else 'fp16', checkpointing=True) | more
@@ -316,9 +318,9 @@ def ranks(o):
     "One process of `many`: copies and slices, a checkpoint written by one job and read by another"
     import torch, torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
-    from sid_lsg_nb.checkpoint import load_latest
-    from sid_lsg_nb.parallel import Team
-    from sid_lsg_nb.trainer import iterate, restore, save, setup
+    from sid_lsg_nb.training.checkpoint import load_latest
+    from sid_lsg_nb.training.distributed import Team
+    from sid_lsg_nb.training.trainer import iterate, restore, save, setup
     if os.environ['WORLD_SIZE'] == '1':                        # a team of one starts no group by itself
         dist.init_process_group('gloo' if o.device == 'cpu' or not torch.cuda.is_available() else 'nccl')
     team, out = Team(o.device), {}
@@ -348,8 +350,8 @@ def sampling(r:Report):
     "One step of a stock pipeline, against its UNet and its VAE alone"
     import torch
     from diffusers import StableDiffusionPipeline
-    from sid_lsg_nb.bench import clock
-    from sid_lsg_nb.pipeline import Student, one_step_scheduler
+    from sid_lsg_nb.commands.bench import clock
+    from sid_lsg_nb.teachers.student import Student, one_step_scheduler
     home, low = Path(tempfile.mkdtemp()), torch.float32 if r.o.tiny else torch.float16
     teacher = small_teacher(r.o, home); parts = teacher.pipe.components | dict(scheduler=one_step_scheduler(teacher.pipe.scheduler), safety_checker=None, feature_extractor=None)
     device = torch.device(teacher.device); pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False).to(device, low); student, found = Student(pipe), {}
@@ -420,7 +422,8 @@ def trained(r:Report, folder:Path, size:str):
     "Teacher, SiD and SIM go on; what was trained is left to be taken home before it is scored"
     sys.path.insert(0, str(HERE))
     import cifar10
-    from sid_lsg_nb.scores import INCEPTION, INCEPTIONS, file_sha
+    from sid_lsg_nb.metrics.fid import INCEPTION, INCEPTIONS
+    from sid_lsg_nb.data.images import file_sha
     if r.o.tiny: INCEPTIONS[file_sha(folder/'inception.pt')] = INCEPTION                 # the pretended network is taken for the real one
     how = '--iters 1 --batch 4 --n 16 --reference-n 16 --draw 8'.split() if r.o.tiny else '--precision bf16 --save-minutes 0.5 --n 10000'.split()
     minutes = max(.1, (r.left() - 90)/60)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os, shutil
 from contextlib import contextmanager
+from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
@@ -19,9 +20,9 @@ else:                                                                  # so that
     torch, np, Image = SimpleNamespace(device='device', Generator='Generator'), SimpleNamespace(ndarray='ndarray'), SimpleNamespace(Image='Image')
 
 # %% auto #0
-__all__ = ['Cond', 'HOST', 'DISAGREEMENT', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng', 'noise_for',
-           'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError', 'remove',
-           'clean_up', 'sync', 'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write', 'read_rows',
+__all__ = ['Cond', 'HOST', 'DISAGREEMENT', 'EMBEDDED', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng',
+           'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError',
+           'remove', 'clean_up', 'sync', 'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write', 'read_rows',
            'read_json', 'read_json_or', 'to_uint8', 'image_grid']
 
 # %% ../nbs/00_core.ipynb #7b2edee5
@@ -253,6 +254,9 @@ def read_json_or(
 
 # %% ../nbs/00_core.ipynb #nameoff2
 DISAGREEMENT = 'teacher-fake disagreement'
+
+# %% ../nbs/00_core.ipynb #87673fd7
+EMBEDDED = Path(str(files('sid_lsg_nb')))/'embedded'   # the bundled world: teacher, scorer, prompts
 
 # %% ../nbs/00_core.ipynb #8454f56a
 def to_uint8(

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 import torch
 from sid_lsg_nb import core
-from sid_lsg_nb.checkpoint import checkpoints, load_latest, numbered, save_checkpoint
+from sid_lsg_nb.training.checkpoint import checkpoints, load_latest, numbered, save_checkpoint
 from sid_lsg_nb.core import atomic_file, atomic_folder, clean_up
-from sid_lsg_nb.export import write_whole
+from sid_lsg_nb.export.formats import write_whole
 
 TRACED = core.__file__, checkpoints.__code__.co_filename, sys.modules['shutil'].__file__
 

@@ -61,8 +61,8 @@ def test_a_state_comes_back_whole(tmp_path, monkeypatch):
 
 def test_a_dry_run_names_the_card_and_is_silent_elsewhere(tmp_path, monkeypatch, capsys):
     from dataclasses import asdict, replace
-    from sid_lsg_nb.bench import Bench
-    from sid_lsg_nb.settings import PRESETS, how_long, plan, settle
+    from sid_lsg_nb.commands.bench import Bench
+    from sid_lsg_nb.training.config import PRESETS, how_long, plan, settle
     config = settle(replace(PRESETS['sd15-lsg-1.5'], nimg=360_000))
     (tmp_path/'gpu-fp32-4.json').write_text(json.dumps(dict(machine=dict(device='Some Card', date='2026-01-01'), img_per_s=50., settings=asdict(Bench('random-sd15', micro=4)))))
     rows = script('run').speeds(tmp_path)

@@ -6,15 +6,16 @@ import torch
 from diffusers import DDIMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-import sid_lsg_nb.denoiser
+import sid_lsg_nb.teachers.denoiser
 from sid_lsg_nb.core import to_device
-from sid_lsg_nb.denoiser import Denoiser, tiny_unet
-from sid_lsg_nb.distill import Game, Learner, Recipe, fake_step, generator_step
-from sid_lsg_nb.guidance import Kappa
-from sid_lsg_nb.optim import EMA, make_adam
-from sid_lsg_nb.schedule import DiscreteSchedule
-from sid_lsg_nb.settings import Config
-from sid_lsg_nb.trainer import iterate, setup
+from sid_lsg_nb.teachers.denoiser import Denoiser
+from sid_lsg_nb.testing import tiny_unet
+from sid_lsg_nb.method.steps import Game, Learner, Recipe, fake_step, generator_step
+from sid_lsg_nb.method.guidance import Kappa
+from sid_lsg_nb.method.optim import EMA, make_adam
+from sid_lsg_nb.method.schedule import DiscreteSchedule
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.trainer import iterate, setup
 
 ASKS = {getattr(torch.ops.aten, k).default for k in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select')}
 
@@ -41,7 +42,7 @@ def test_the_watch_sees():
 @pytest.mark.parametrize('sequential', [False, True])
 def test_a_step_carries_nothing(monkeypatch, sequential):
     "Networks, prompts and noise on `meta`, which stands for the GPU: after the first step nothing comes from the CPU any more"
-    monkeypatch.setattr(sid_lsg_nb.denoiser.torch, 'autocast', lambda *a, **k: nullcontext())       # knows no meta
+    monkeypatch.setattr(sid_lsg_nb.teachers.denoiser.torch, 'autocast', lambda *a, **k: nullcontext())       # knows no meta
     teacher = Denoiser(tiny_unet().to('meta').requires_grad_(False), DiscreteSchedule.from_scheduler(DDIMScheduler()))
     fake, generator = (Learner(n := teacher.copy(), make_adam(n.parameters()), clip=1.) for _ in range(2))
     words, ema = lambda n: dict(encoder_hidden_states=torch.empty(n, 16, 16, device='meta')), EMA(generator.net)

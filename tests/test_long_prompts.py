@@ -3,11 +3,11 @@
 The oracle is the encoder itself: change the last word; if the conditioning does not change, it was cut off."""
 import pytest
 from sid_lsg_nb.core import max_abs
-from sid_lsg_nb.flow import tiny_sana, tiny_sd3
-from sid_lsg_nb.pixart import tiny_pixart
-from sid_lsg_nb.prompts import count_longer, limits_of, listed
-from sid_lsg_nb.sdxl import tiny_sdxl
-from sid_lsg_nb.teachers import open_teacher
+from sid_lsg_nb.testing import tiny_sana, tiny_sd3
+from sid_lsg_nb.testing import tiny_pixart
+from sid_lsg_nb.data.prompts import count_longer, limits_of, listed
+from sid_lsg_nb.testing import tiny_sdxl
+from sid_lsg_nb.teachers.registry import open_teacher
 
 FAMILIES = dict(embedded=lambda f: 'embedded', sdxl=tiny_sdxl, pixart=tiny_pixart, sd3=tiny_sd3, sana=tiny_sana)
 

@@ -18,12 +18,12 @@ def test_the_script_lists_all_requirements():
     assert len(said) == len(line.split()) - 2 and all('==' in s for s in said)
 
 def test_every_module_imports():
-    for m in pkgutil.iter_modules(sid_lsg_nb.__path__): importlib.import_module(f'sid_lsg_nb.{m.name}')
+    for m in pkgutil.walk_packages(sid_lsg_nb.__path__, 'sid_lsg_nb.'): importlib.import_module(m.name)
 
 def test_two_iterations_leave_a_student(tmp_path, monkeypatch):
-    from sid_lsg_nb.settings import Config
-    from sid_lsg_nb.teachers import open_student
-    from sid_lsg_nb.trainer import train
+    from sid_lsg_nb.training.config import Config
+    from sid_lsg_nb.teachers.registry import open_student
+    from sid_lsg_nb.training.trainer import train
     monkeypatch.chdir(tmp_path)
     run = train(Config(nimg=8, batch=4, n_eval=0, teacher_steps=2, device='cpu', out='run'))
     picture = open_student(run)(['a 3d fox on a white background'])

@@ -2,8 +2,8 @@
 import json, os, shutil, socket, subprocess, sys, time
 import pytest
 import torch
-from sid_lsg_nb.checkpoint import checkpoints, load_checkpoint
-from sid_lsg_nb.denoiser import tiny_pipeline
+from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
+from sid_lsg_nb.testing import tiny_pipeline
 
 FLAGS = '--preset embedded --teacher teacher --prompts p.txt --batch 4 --log-every 4 --sample-every 800 --checkpoint-every 8 --teacher-steps 2 --device cpu'.split()
 LEFT = {'ACCELERATE_USE_DEEPSPEED': 'true', 'ACCELERATE_USE_FSDP': 'true', 'FSDP_CPU_RAM_EFFICIENT_LOADING': 'true', 'ACCELERATE_MIXED_PRECISION': 'fp8',

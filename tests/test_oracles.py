@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from sid_lsg_nb.denoiser import Denoiser
-from sid_lsg_nb.distill import Recipe, fake_losses, generator_losses
-from sid_lsg_nb.guidance import Kappa
-from sid_lsg_nb.schedule import DiscreteSchedule
+from sid_lsg_nb.teachers.denoiser import Denoiser
+from sid_lsg_nb.method.steps import Recipe, fake_losses, generator_losses
+from sid_lsg_nb.method.guidance import Kappa
+from sid_lsg_nb.method.schedule import DiscreteSchedule
 
 B, T_INIT, TOLERANCE = 3, 625, 1e-9
 ABAR = torch.cumprod(1 - torch.linspace(.00085**.5, .012**.5, 1000, dtype=torch.float64)**2, 0)

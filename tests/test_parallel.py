@@ -3,9 +3,9 @@ import json, os, signal, subprocess, sys, time
 import pytest
 import torch
 from safetensors.torch import load_file
-from sid_lsg_nb.checkpoint import checkpoints, load_checkpoint
-from sid_lsg_nb.denoiser import tiny_pipeline
-from sid_lsg_nb.flow import tiny_sd3
+from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
+from sid_lsg_nb.testing import tiny_pipeline
+from sid_lsg_nb.testing import tiny_sd3
 
 FLAGS = '--preset embedded --batch 8 --micro 2 --log-every 8 --sample-every 800 --checkpoint-every 16 --keep 9 --teacher-steps 2 --device cpu --kappa 1.5'.split()
 
@@ -102,9 +102,10 @@ def test_a_batch_that_cannot_be_shared(home):
 ONE_OVERFLOWS = """
 import json, torch
 from diffusers import DDIMScheduler
-from sid_lsg_nb.denoiser import Denoiser, tiny_unet
-from sid_lsg_nb.parallel import Team, make_learner, whole
-from sid_lsg_nb.schedule import DiscreteSchedule
+from sid_lsg_nb.teachers.denoiser import Denoiser
+from sid_lsg_nb.testing import tiny_unet
+from sid_lsg_nb.training.distributed import Team, make_learner, whole
+from sid_lsg_nb.method.schedule import DiscreteSchedule
 team = Team('cpu')
 schedule = DiscreteSchedule.from_scheduler(DDIMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, clip_sample=False))
 def play(how, precision):

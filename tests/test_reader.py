@@ -2,7 +2,7 @@
 import ast, io, pickle, random, re, sys
 from pathlib import Path
 import pytest, torch
-from sid_lsg_nb import reader
+from sid_lsg_nb import checkpoint_reader as reader
 from sid_lsg_nb.core import InputError
 
 TREE = ast.parse(Path(reader.__file__).read_text(encoding='utf-8'))

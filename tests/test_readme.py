@@ -9,9 +9,10 @@ from PIL import Image
 from torch import nn
 from sid_lsg_nb import edm, options
 from sid_lsg_nb.cli import main, parse
-from sid_lsg_nb.denoiser import EMBEDDED, load_teacher
-from sid_lsg_nb.sdxl import tiny_sdxl
-from sid_lsg_nb.settings import Config
+from sid_lsg_nb.core import EMBEDDED
+from sid_lsg_nb.teachers.denoiser import load_teacher
+from sid_lsg_nb.testing import tiny_sdxl
+from sid_lsg_nb.training.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = '--nimg 16 --batch 8 --micro 8 --rounds 1 --n-eval 0 --teacher-steps 1 --device cpu'.split()
@@ -51,7 +52,7 @@ FIRST = {}                                             # lines whose runs others
 
 def forge(net, file):
     "A network as EDM's published code pickles it, by the forger that its chapter shows"
-    cells = json.loads((ROOT/'nbs/19_edm.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = json.loads((ROOT/'nbs/2_teachers/09_edm.ipynb').read_text(encoding='utf-8'))['cells']
     source, = [s for s in (''.join(c['source']) for c in cells) if 'class Forger' in s]
     scope = vars(edm) | dict(work=Path(file).parent, pickle=pickle, types=types, sys=sys, np=np, nn=nn)
     before = set(sys.modules)

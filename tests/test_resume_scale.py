@@ -1,8 +1,8 @@
 "The loss scale that a run under fp16 has settled at is kept on resume."
-from sid_lsg_nb.checkpoint import load_checkpoint, save_checkpoint
-from sid_lsg_nb.denoiser import tiny_pipeline
-from sid_lsg_nb.parallel import SCALE
-from sid_lsg_nb.trainer import Config, restore, setup, state_of
+from sid_lsg_nb.training.checkpoint import load_checkpoint, save_checkpoint
+from sid_lsg_nb.testing import tiny_pipeline
+from sid_lsg_nb.training.distributed import SCALE
+from sid_lsg_nb.training.trainer import Config, restore, setup, state_of
 
 def test_the_settled_scale_is_kept(tmp_path):
     "Saved to disk and loaded into a job that has just begun: the scale and the count of good steps since it last changed, of each network its own"

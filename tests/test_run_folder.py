@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sid_lsg_nb import trainer, watch
-from sid_lsg_nb.checkpoint import checkpoints, load_latest
-from sid_lsg_nb.convert import Export, export_to
+from sid_lsg_nb.training import log as watch, trainer
+from sid_lsg_nb.training.checkpoint import checkpoints, load_latest
+from sid_lsg_nb.commands.convert import Export, export_to
 from sid_lsg_nb.core import InputError, RunError
-from sid_lsg_nb.denoiser import tiny_pipeline
-from sid_lsg_nb.settings import Config
-from sid_lsg_nb.status import status
-from sid_lsg_nb.trainer import train
+from sid_lsg_nb.testing import tiny_pipeline
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.commands.status import status
+from sid_lsg_nb.training.trainer import train
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sid_lsg_nb.scores import INCEPTION, View, cloud_of, file_sha, folder_images, inception, kid, prdc, tf_resize
+from sid_lsg_nb.metrics.fid import INCEPTION, View, cloud_of, inception, kid, prdc, tf_resize
+from sid_lsg_nb.data.images import file_sha, folder_images
 from sid_lsg_nb.core import rng
-from sid_lsg_nb.metrics import frechet
+from sid_lsg_nb.metrics.tiny import frechet
 
 def absent(capsys, what):
     if os.environ.get('CI'): pytest.fail(f'{what}, and in CI nothing is skipped: see dev_requirements in settings.ini')
@@ -24,10 +25,10 @@ SCORE = textwrap.dedent('''
     from dataclasses import replace
     import torch.distributed as dist
     from sid_lsg_nb.core import noise_for
-    from sid_lsg_nb.conditioning import read_prompts
-    from sid_lsg_nb.denoiser import EMBEDDED
-    from sid_lsg_nb.protocols import PROTOCOLS, score_images
-    from sid_lsg_nb.scores import folder_images, generated
+    from sid_lsg_nb.data.prompt_stream import read_prompts
+    from sid_lsg_nb.core import EMBEDDED
+    from sid_lsg_nb.metrics.protocols import PROTOCOLS, score_images
+    from sid_lsg_nb.data.images import folder_images, generated
     home, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if world > 1: dist.init_process_group('gloo', init_method=f'file://{home}/meet', rank=rank, world_size=world)
     prompts = read_prompts(EMBEDDED/'prompts.txt')[:90]

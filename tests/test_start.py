@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import pytest
-from sid_lsg_nb.settings import Config
+from sid_lsg_nb.training.config import Config
 
 BIG = {'torch', 'torchvision', 'numpy', 'scipy', 'PIL', 'matplotlib', 'diffusers', 'transformers', 'accelerate', 'peft', 'safetensors', 'datasets', 'pyarrow',
        'huggingface_hub', 'open_clip', 'cleanfid', 'tqdm'}

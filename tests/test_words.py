@@ -12,14 +12,14 @@ def test_the_disagreement_is_called_no_distance(module):
     assert not re.search(r'gap to the teacher|look here|number to watch', module.read_text(encoding='utf-8'))
 
 def test_the_page_of_compare_names_it():
-    from sid_lsg_nb.compare import CURVES, Subject, curves_of
+    from sid_lsg_nb.commands.compare import CURVES, Subject, curves_of
     assert CURVES['fisher'] == f'{DISAGREEMENT}, fisher'
     drawn, = curves_of([Subject('student', '', 'x', log=[dict(nimg=10*i, fisher=float(i)) for i in (1, 2, 3)])])
     assert DISAGREEMENT in drawn
 
 def test_the_bar_of_the_trainer_names_it(tmp_path, monkeypatch):
-    from sid_lsg_nb import trainer
-    from sid_lsg_nb.settings import Config
+    from sid_lsg_nb.training import trainer
+    from sid_lsg_nb.training.config import Config
     seen = []
     class Bar(trainer.tqdm):
         def set_postfix(self, *args, **kw): seen.append(args[0]); super().set_postfix(*args, **kw)

@@ -16,13 +16,13 @@ import numpy as np
 import torch, tyro
 from embedded_run import IMAGES, machine
 from tqdm.auto import tqdm
-from sid_lsg_nb.conditioning import PromptStream, read_prompts
+from sid_lsg_nb.data.prompt_stream import PromptStream, read_prompts
 from sid_lsg_nb.core import InputError, atomic_write
-from sid_lsg_nb.denoiser import EMBEDDED
-from sid_lsg_nb.metrics import Scorer, load_world, tiny_score
-from sid_lsg_nb.settings import Config
-from sid_lsg_nb.trainer import iterate, setup
-from sid_lsg_nb.watch import many_step_draw, student_draw
+from sid_lsg_nb.core import EMBEDDED
+from sid_lsg_nb.metrics.tiny import Scorer, load_world, tiny_score
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.trainer import iterate, setup
+from sid_lsg_nb.training.log import many_step_draw, student_draw
 
 @dataclass(frozen=True)
 class Setting:

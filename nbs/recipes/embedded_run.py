@@ -11,10 +11,10 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 import torch
-from sid_lsg_nb.denoiser import load_teacher
-from sid_lsg_nb.metrics import Scorer, tiny_score
-from sid_lsg_nb.settings import Config
-from sid_lsg_nb.watch import many_step_draw
+from sid_lsg_nb.teachers.denoiser import load_teacher
+from sid_lsg_nb.metrics.tiny import Scorer, tiny_score
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.log import many_step_draw
 
 IMAGES = Path(__file__).parent.parent/'images'
 

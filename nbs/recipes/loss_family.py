@@ -15,10 +15,10 @@ from embedded_run import machine
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from sid_lsg_nb.core import rng
-from sid_lsg_nb.distill import Recipe, verdict
-from sid_lsg_nb.gaussians import Mixture
-from sid_lsg_nb.losses import fake_loss
-from sid_lsg_nb.schedule import DiscreteSchedule
+from sid_lsg_nb.method.steps import Recipe, verdict
+from sid_lsg_nb.method.gaussians import Mixture
+from sid_lsg_nb.method.losses import fake_loss
+from sid_lsg_nb.method.schedule import DiscreteSchedule
 
 IMAGES = Path(__file__).parent.parent/'images'
 MEMBERS = {'SiD 0.5': Recipe(alpha=.5), 'SiD 1': Recipe(), 'SiD 1.2': Recipe(alpha=1.2), 'SiD 1, no weight': Recipe(weight='none'), 'DI': Recipe(method='di'),

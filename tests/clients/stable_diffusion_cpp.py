@@ -8,9 +8,9 @@ import argparse, json, os, platform, re, subprocess, sys, venv
 from datetime import date
 from pathlib import Path
 import torch
-from sid_lsg_nb.bench import random_teacher
-from sid_lsg_nb.export import kohya_names, single_file, write_whole
-from sid_lsg_nb.pipeline import save_student
+from sid_lsg_nb.commands.bench import random_teacher
+from sid_lsg_nb.export.formats import kohya_names, single_file, write_whole
+from sid_lsg_nb.teachers.student import save_student
 
 VERSION, RANK, T_INIT = '0.4.7', 4, 625
 DRAW = """
