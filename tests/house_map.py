@@ -10,8 +10,9 @@ import house
 
 SIDEBAR, PAGE, PICTURE, GUIDE = 'nbs/sidebar.yml', 'nbs/map.qmd', 'nbs/images/map.svg', 'CONTRIBUTING.md'
 START, END = '<!-- map: written by tests/offline_docs.py --house -->', '<!-- end of map -->'
-CAPTION = ('Folders of the package and their modules. A folder imports only from folders above it: follow its '
-           'lines to a dot, and from there the arrow.')
+ALT = 'Folders of the package, their modules, and which folder imports from which'
+CAPTION = ('A folder imports only from folders above it, a chapter only from chapters of lower numbers in its own '
+           'folder. To see what a folder imports from, follow its lines to a dot, and from there the arrow.')
 
 # What one may want to change, and the chapter in which it is changed
 CHANGES = (
@@ -31,7 +32,7 @@ CHANGES = (
 
 def sidebar(root):
     "Text of `nbs/sidebar.yml`: one section per folder, with its title, one line, and its chapters in order"
-    pages = ['index.ipynb', *([Path(PAGE).name] if (root/PAGE).exists() else [])]
+    pages = ['index.ipynb', Path(PAGE).name]
     for floor, nbs in house.in_order(root):
         links = [p.relative_to(root/'nbs').as_posix() for p in nbs]
         pages.append(dict(section=floor.title, contents=[dict(text=floor.holds), *links]))
@@ -65,8 +66,8 @@ def changes(root, up=''):
 
 def tables(root, up=''):
     "Both tables and the picture, in markdown"
-    picture = f'![{CAPTION}]({up}{Path(PICTURE).relative_to("nbs").as_posix()})'
-    return f'{folders(root)}\n\n{picture}\n\n{changes(root, up)}'
+    picture = f'![{ALT}]({up}{Path(PICTURE).relative_to("nbs").as_posix()})'
+    return f'{folders(root)}\n\n{CAPTION}\n\n{picture}\n\n{changes(root, up)}'
 
 def page(root):
     "Text of `nbs/map.qmd`"

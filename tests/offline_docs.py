@@ -239,7 +239,8 @@ def stage(cfg):
     if not any(o.name == cfg.lib_path.name for o in entry_points(group='nbdev')):
         sys.exit("doc links need the package: pip install -e '.[dev]'")
     refresh_quarto_yml()
-    if not (cfg.nbs_path/'1_method').exists(): house_map.write_sidebar(cfg.config_path)  # until folders hold chapters
+    if (cfg.nbs_path/'sidebar.yml').read_text(encoding='utf-8') != house_map.sidebar(cfg.config_path):
+        sys.exit('nbs/sidebar.yml is not of these notebooks: run python tests/offline_docs.py --house')
     cache = proc_nbs(force=True)
     if (cfg.config_path/'_quarto.yml').read_text() != (cache/'_quarto.yml').read_text():
         sys.exit('nbs/_quarto.yml is not the root _quarto.yml (a symlink lost in the clone?)')

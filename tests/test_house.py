@@ -85,9 +85,8 @@ def small(tmp_path):
 
 # ---- the house keeps its rules
 
-MOVED = (ROOT/'nbs'/'1_method').exists()
-RULES = [house.odd_notebooks, *([house.places] if MOVED else []), house.ladder, house.gone, house.strays,
-         house.long_functions, house.unsafe_loads, house.unstated, house.machine_paths]
+RULES = [house.odd_notebooks, house.places, house.ladder, house.gone, house.strays, house.long_functions,
+         house.unsafe_loads, house.unstated, house.machine_paths]
 
 @pytest.mark.parametrize('rule', RULES, ids=lambda f: f.__name__)
 def test_rule(rule): assert rule(ROOT) == []
@@ -139,7 +138,6 @@ def test_site_has_no_broken_link(copied):
     wanted = {offline_docs.page_name(p.relative_to(copied/'nbs')) for p in house.notebooks(copied)}
     assert made - {'map.html'} == wanted
 
-@pytest.mark.skipif(not MOVED, reason='one folder needs no map')
 def test_map_is_of_this_house(): assert house_map.stale(ROOT) == []
 
 def test_readme_is_index(copied):
@@ -165,7 +163,7 @@ def test_sdist_holds_what_is_embedded(copied, tmp_path):
 # ---- each rule can fail
 
 def test_small_tree_keeps_the_rules(small):
-    rules = {*RULES[1:], house.places, house.density}
+    rules = {*RULES[1:], house.density}
     assert house.odd_notebooks(small, at_least=9) == []
     assert [c for rule in rules for c in rule(small)] == []
 
@@ -224,6 +222,16 @@ def test_climbing_cell_is_seen(small, code):
     notebook(small, '1_method/02_losses.ipynb', '#| default_exp method.losses', code)
     said = 'imports teachers.base (2_teachers/01), not above 1_method/02'
     assert house.ladder(small) == [f'nbs/1_method/02_losses.ipynb: {said}']
+
+def test_relative_import_of_a_cell_is_seen(small):
+    notebook(small, '1_method/01_schedule.ipynb', '#| default_exp method.schedule', 'from .losses import h')
+    said = 'imports method.losses (1_method/02), not above 1_method/01'
+    assert house.ladder(small) == [f'nbs/1_method/01_schedule.ipynb: {said}']
+
+def test_import_from_the_same_number_is_seen(small):
+    chapter(small, '1_method/02_noise', 'method.noise', 'from .losses import h')
+    said = 'imports method.losses (1_method/02), not above 1_method/02'
+    assert house.ladder(small) == [f'{f}: {said}' for f in ('sid_lsg_nb/method/noise.py', 'nbs/1_method/02_noise.ipynb')]
 
 def test_cell_may_use_its_own_folder_and_those_above(small):
     code = [f'from sid_lsg_nb.{m} import x' for m in ('method.schedule', 'testing', 'method.losses')]
@@ -369,10 +377,9 @@ def test_site_in_folders(tmp_path):
     section = dict(section='M', contents=[dict(text='on <t>'), '1_method/06_losses.ipynb'])
     sidebar, out = dict(contents=['2_teachers/01_base.ipynb', section]), tmp_path/'out'
     site = {'title': 's', 'site-url': 'https://h.io/p', 'sidebar': sidebar}
-    out.mkdir()
-    (out/'site.css').touch()
-    assert offline_docs.write_pages(tmp_path/'nbs', out, site) == 2
-    offline_docs.copy_linked(out, tmp_path/'nbs')
+    (tmp_path/'nbs/_quarto.yml').write_text(yaml.safe_dump(dict(website=site)))
+    with pytest.raises(SystemExit, match='1_method/06_losses.html: broken link 07_gone.ipynb'):
+        offline_docs.write_site(SimpleNamespace(nbs_path=tmp_path/'nbs'), tmp_path/'nbs', out)
     page = (out/'1_method/06_losses.html').read_text()
     assert page.count('href="../2_teachers/01_base.html') == 2 and 'href="../2_teachers/base.html"' in page
     assert '<h2>M</h2><p>on &lt;t&gt;</p>' in page and (out/'images/d.png').exists()
@@ -403,7 +410,6 @@ def mapped(small, monkeypatch):
     monkeypatch.setattr(house_map, 'CHANGES', (('the loss', 'losses'),))
     (small/'CONTRIBUTING.md').write_text(f'# Title\n\n{house_map.START}\n{house_map.END}\n\nEnd.\n')
     (small/'nbs'/'images').mkdir()
-    (small/house_map.PAGE).touch()
     house_map.write_map(small)
     return small
 
