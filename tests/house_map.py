@@ -170,6 +170,9 @@ def write_picture(root, path=None):
         fig = draw(found)
         fig.savefig(path, bbox_inches='tight', metadata=kept)
     plt.close(fig)
+    if path.suffix == '.svg':        # matplotlib leaves blanks at the ends of lines
+        lines = path.read_text(encoding='utf-8').splitlines()
+        path.write_text(''.join(f'{line.rstrip()}\n' for line in lines), encoding='utf-8')
 
 def drawn_facts(path):
     "The facts that a written picture was drawn from"
