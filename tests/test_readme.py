@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from torch import nn
-from sid_lsg_nb import edm, options
+from sid_lsg_nb.commands import options
+from sid_lsg_nb.teachers import edm
 from sid_lsg_nb.cli import main, parse
 from sid_lsg_nb.core import EMBEDDED
 from sid_lsg_nb.teachers.denoiser import load_teacher

@@ -1,8 +1,9 @@
 "What a command line answers before it is told to work, it answers without the big libraries: their names are looked for among the loaded modules of a fresh Python."
-import json, os, subprocess, sys
+import importlib, json, os, subprocess, sys
 from dataclasses import asdict
 from pathlib import Path
 import pytest
+import sid_lsg_nb
 from sid_lsg_nb.training.config import Config
 
 BIG = {'torch', 'torchvision', 'numpy', 'scipy', 'PIL', 'matplotlib', 'diffusers', 'transformers', 'accelerate', 'peft', 'safetensors', 'datasets', 'pyarrow',
@@ -56,3 +57,11 @@ def test_a_command_that_works_loads_them(place):
 def test_importing_the_package_loads_nothing(place):
     program = 'import json, sys; before = {*sys.modules}; import sid_lsg_nb; print(json.dumps(sorted({*sys.modules} - before)))'
     assert fresh(program, cwd=place) == [['sid_lsg_nb']]
+
+@pytest.mark.parametrize('name', ['Config', 'train', 'distill', 'open_teacher', 'open_student'])
+def test_the_package_hands_out_its_main_names(name):
+    place = importlib.import_module(f'sid_lsg_nb.{sid_lsg_nb.PLACES[name]}')
+    assert getattr(sid_lsg_nb, name) is getattr(place, name) and name in dir(sid_lsg_nb)
+
+def test_another_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'sid_lsg_nb' has no attribute 'nothing'"): sid_lsg_nb.nothing
