@@ -231,7 +231,8 @@ def test_relative_import_of_a_cell_is_seen(small):
 def test_import_from_the_same_number_is_seen(small):
     chapter(small, '1_method/02_noise', 'method.noise', 'from .losses import h')
     said = 'imports method.losses (1_method/02), not above 1_method/02'
-    assert house.ladder(small) == [f'{f}: {said}' for f in ('sid_lsg_nb/method/noise.py', 'nbs/1_method/02_noise.ipynb')]
+    files = 'sid_lsg_nb/method/noise.py', 'nbs/1_method/02_noise.ipynb'
+    assert house.ladder(small) == [f'{f}: {said}' for f in files]
 
 def test_cell_may_use_its_own_folder_and_those_above(small):
     code = [f'from sid_lsg_nb.{m} import x' for m in ('method.schedule', 'testing', 'method.losses')]
