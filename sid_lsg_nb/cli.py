@@ -33,8 +33,8 @@ def run_around(student:str)->Config:
     except (InputError, ValueError, TypeError): return Config(teacher='unknown')
 def say_strangers(prompts:list[str]):
     "One line if prompts are made of words that the bundled teacher has never seen"
-    from sid_lsg_nb.data.prompts import strangers
-    if new := strangers(prompts): print(f'note: the bundled teacher knows some emoji on plain grounds; most words of {len(new)} of {len(prompts)} prompt(s) are new to it, as in {new[0][:80]!r}, and will not be seen')
+    from sid_lsg_nb.data.prompts import unfamiliar_prompts
+    if new := unfamiliar_prompts(prompts): print(f'note: the bundled teacher knows some emoji on plain grounds; most words of {len(new)} of {len(prompts)} prompt(s) are new to it, as in {new[0][:80]!r}, and will not be seen')
 def sample(args:Sample)->Path: # the folder
     "Draw, save, and say where; raises `InputError` before anything is written"
     from PIL import Image

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sid_lsg_nb.metrics.fid import INCEPTION, View, cloud_of, inception, kid, prdc, tf_resize
-from sid_lsg_nb.data.images import file_sha, folder_images
+from sid_lsg_nb.metrics.fid import INCEPTION, Preprocess, extract_features, load_inception, kid, prdc, resize_tensorflow
+from sid_lsg_nb.data.images import file_sha256, images_from_folder
 from sid_lsg_nb.core import rng
-from sid_lsg_nb.metrics.tiny import frechet
+from sid_lsg_nb.metrics.tiny import frechet_distance
 
 def absent(capsys, what):
     if os.environ.get('CI'): pytest.fail(f'{what}, and in CI nothing is skipped: see dev_requirements in settings.ini')
@@ -28,11 +28,11 @@ SCORE = textwrap.dedent('''
     from sid_lsg_nb.data.prompt_stream import read_prompts
     from sid_lsg_nb.core import EMBEDDED
     from sid_lsg_nb.metrics.protocols import PROTOCOLS, score_images
-    from sid_lsg_nb.data.images import folder_images, generated
+    from sid_lsg_nb.data.images import images_from_folder, generated_images
     home, rank, world = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     if world > 1: dist.init_process_group('gloo', init_method=f'file://{home}/meet', rank=rank, world_size=world)
     prompts = read_prompts(EMBEDDED/'prompts.txt')[:90]
-    fakes = generated(lambda p, s: noise_for(s, (3, 4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3), prompts, range(90), name='blocks')
+    fakes = generated_images(lambda p, s: noise_for(s, (3, 4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3), prompts, range(90), name='blocks')
     p = replace(PROTOCOLS['tiny'], name='two processes', n=90, reference_n=None, keep=50)
     for _ in range(2): r = score_images(fakes, p, reference=home + '/real', cache=home + f'/cache{world}', batch=16, rank=rank, world=world)
     r.save(f'{home}/result-{world}-{rank}.json')
@@ -67,7 +67,7 @@ def test_tf_resize_torch_fidelity(capsys):
     for h, w in ((32, 32), (256, 256), (300, 512)):
         x = np.random.default_rng(1).integers(0, 256, (h, w, 3), dtype=np.uint8)
         y = theirs(torch.from_numpy(x).permute(2, 0, 1)[None].float(), size=(299, 299), align_corners=False)[0]
-        assert (tf_resize(x, 299) - y).abs().max() < .03                  # of 255: the grid of the published file is float32
+        assert (resize_tensorflow(x, 299) - y).abs().max() < .03                  # of 255: the grid of the published file is float32
 
 # ---- Inception itself
 
@@ -99,16 +99,16 @@ def test_inception_against_clean_fid(weights, tmp_path, capsys):
     from cleanfid import fid
     n = int(os.environ.get('SID_LSG_INCEPTION_N', 8)); folders = [os.environ.get(f'SID_LSG_INCEPTION_{k}') for k in 'AB']
     a, b = (Path(f) if f else some_pictures(tmp_path/str(s), n, s, (150 + 20*s, 140)) for s, f in enumerate(folders))
-    net, view = inception(weights), View(128)
+    net, view = load_inception(weights), Preprocess(128)
     crop = lambda x: np.asarray(view.picture(Image.fromarray(x), enlarge=True))
     ours, theirs, moments = [], [], []
     for folder in (a, b):
-        images = folder_images(folder).first(n); cloud = cloud_of(images, net, view, keep=n, batch=16, enlarge=True)
+        images = images_from_folder(folder).first(n); cloud = extract_features(images, net, view, keep=n, batch=16, enlarge=True)
         ours.append(cloud.kept); moments.append(cloud.moments.result())
         theirs.append(fid.get_files_features([str(f) for f in images.files], clean_fid_net(weights), num_workers=0, batch_size=16, device='cpu', mode='clean', custom_image_tranform=crop, verbose=False))
-    assert net.name == INCEPTION and net.width == 2048 and net.sha == file_sha(weights)
+    assert net.name == INCEPTION and net.width == 2048 and net.sha == file_sha256(weights)
     worst = max((u - torch.from_numpy(v)).abs().max().item() for u, v in zip(ours, theirs)); scale = theirs[0].max()
-    f = frechet(*moments[1], *moments[0]), fid.fid_from_feats(*(v.astype(np.float64) for v in theirs))
+    f = frechet_distance(*moments[1], *moments[0]), fid.fid_from_feats(*(v.astype(np.float64) for v in theirs))
     k = kid(ours[0], ours[1], subsets=2)[0], fid.kernel_distance(*(v.astype(np.float64) for v in theirs), num_subsets=2)
     with capsys.disabled(): print(f'\nInception {net.sha[:8]}, {n} and {n} pictures: features agree to {worst:.1e} of {scale:.2f}, FID {f[0]:.6f} and {f[1]:.6f}, KID {k[0]:.8f} and {k[1]:.8f}')
     assert worst < 1e-4*scale and abs(f[0] - f[1]) < 1e-3*f[1]

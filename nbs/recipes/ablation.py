@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from sid_lsg_nb.data.prompt_stream import PromptStream, read_prompts
 from sid_lsg_nb.core import InputError, atomic_write
 from sid_lsg_nb.core import EMBEDDED
-from sid_lsg_nb.metrics.tiny import Scorer, load_world, tiny_score
+from sid_lsg_nb.metrics.tiny import TinyClip, load_world, tiny_score
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.trainer import iterate, setup
 from sid_lsg_nb.training.log import many_step_draw, student_draw
@@ -70,7 +70,7 @@ def prepare(setting:Setting, seed:int, nimg:int, n:int, batch:int): # the traine
     job.game.recipe = replace(job.game.recipe, steps=setting.steps)
     return job
 
-def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:Scorer)->dict: # training_seconds: wall, processor
+def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:TinyClip)->dict: # training_seconds: wall, processor
     "Train and score; the first losses go along, so that a run can be recognised"
     tick, job, spent = time.time(), prepare(setting, seed, nimg, n, batch), np.zeros(2)
     clocks = lambda: np.array([time.time(), time.process_time()])
@@ -105,7 +105,7 @@ def main(
     settings = dict(nimg=nimg, n=n, batch=batch, held=HELD, threads=threads, lr=Config().lr, base=BASE)
     result = json.loads(out.read_text()) if out.exists() else dict(machine=machine(), date=date.today().isoformat(), minutes=0., settings=settings, questions=QUESTIONS, runs=[])
     if result['settings'] != settings: raise InputError(f'{out} was made with {result["settings"]}, not with {settings}; give another --out')
-    done, scorer = {(r['name'], r['seed']) for r in result['runs']}, Scorer()
+    done, scorer = {(r['name'], r['seed']) for r in result['runs']}, TinyClip()
     jobs = list(dict.fromkeys((name, seed) for q in questions for seed, name in itertools.product(seeds, QUESTIONS[q])))
     for name, seed in tqdm([j for j in jobs if j not in done], desc='runs'):
         r = dict(name=name, seed=seed) | run(SETTINGS[name], seed, nimg, n, batch, scorer)

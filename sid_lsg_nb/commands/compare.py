@@ -23,11 +23,11 @@ from ..core import DISAGREEMENT, EMBEDDED, InputError, atomic_write, pick_device
 from ..data.prompt_stream import PromptStream, read_prompts
 from ..teachers.edm import is_edm, load_edm
 from ..teachers.registry import open_student, open_teacher
-from ..data.prompts import count_known, hashes_of, open_prompts
+from ..data.prompts import count_seen, prompt_hashes, open_prompts
 from ..export.model_card import origin, protocol as told
-from ..metrics.fid import INCEPTION, Features, bundled_features, fetch_inception
-from ..data.images import Images, folder_images, generated
-from ..metrics.protocols import PROTOCOLS, ClipScore, Protocol, Result, clip_score, comparable, find_protocol, load_result, plain_warnings, reward, score_images
+from ..metrics.fid import INCEPTION, FeatureNetwork, bundled_feature_network, download_inception
+from ..data.images import ImageSet, images_from_folder, generated_images
+from ..metrics.protocols import PROTOCOLS, ClipScore, Protocol, ScoreResult, load_clip_score, incompatible_fields, find_protocol, load_result, one_line_warnings, load_reward, score_images
 from ..training.distributed import Team
 from .options import Compare, Evaluate
 from ..training.config import Config, label, saved_config
@@ -142,7 +142,7 @@ def judge(spec:str, p:Protocol, device)->tuple[ClipScore|bool|None, Protocol]: #
         if '/' not in p.clip: raise InputError(f'protocol {p.name!r} has no image-text model whose weights a file could hold; leave --clip away, or give MODEL/WEIGHTS')
         return ClipScore(p.clip.partition('/')[0], str(Path(spec).expanduser()), p.prefix, p.clip, device=device), p
     if '/' not in spec: raise InputError(f'clip {spec!r} is no file; give "none", a file of weights, or MODEL/WEIGHTS as open_clip.list_pretrained() has them')
-    clip = ClipScore(spec, prefix=p.prefix, device=device) if spec.startswith('local-dir:') else clip_score(spec, p.prefix, device)
+    clip = ClipScore(spec, prefix=p.prefix, device=device) if spec.startswith('local-dir:') else load_clip_score(spec, p.prefix, device)
     return clip, replace(p, name=f'{p.name}-clip-{re.sub("[^A-Za-z0-9]+", "-", clip.name)}', clip=clip.name)
 
 # %% ../../nbs/7_commands/04_compare.ipynb #d873a97f
@@ -154,42 +154,42 @@ def free_file(home:Path|None, name:str)->Path:
     home, n = home or Path(), 1
     while (file := home/f'scores-{name}{f"-{n}" if n > 1 else ""}.json').exists(): n += 1
     return file
-def pictures_of(args:Evaluate, s:Subject, p:Protocol, device)->tuple[Images, Protocol]:
+def pictures_of(args:Evaluate, s:Subject, p:Protocol, device)->tuple[ImageSet, Protocol]:
     "What is scored"
     if s.kind != 'pictures':
         words, p = asked(args, p, load_edm(s.path).prompts if is_edm(s.path) else None); seed = args.seed or 0; draw, how = drawn(s, device, steps=args.steps, kappa=args.kappa, precision=args.precision or 'fp32')
         at = f' at {s.log[-1]["nimg"]:,} images' if s.log else ''
-        return generated(draw, words, range(seed, seed + len(words)), args.batch, args.precision or 'fp32', f'{s.name}{at}, {how}'), p
+        return generated_images(draw, words, range(seed, seed + len(words)), args.batch, args.precision or 'fp32', f'{s.name}{at}, {how}'), p
     if (args.rewards or p.clip and args.clip != 'none') and not args.captions: raise InputError(f'protocol {p.name!r} compares pictures with captions; give --captions FILE, one line per picture, or --clip none')
-    return folder_images(s.path, open_prompts(args.captions)[:] if args.captions else None, args.seed, args.precision or None), p
-def features_of(args:Evaluate, p:Protocol, team:Team)->tuple[Features|str|None, Protocol]:
+    return images_from_folder(s.path, open_prompts(args.captions)[:] if args.captions else None, args.seed, args.precision or None), p
+def features_of(args:Evaluate, p:Protocol, team:Team)->tuple[FeatureNetwork|str|None, Protocol]:
     "What `--inception` means; the protocol has another name if the bundled scorer takes Inception's place"
-    if args.inception != 'bundled': return args.inception or (team.first(lambda: str(fetch_inception())) if p.features == INCEPTION else None), p
-    features = bundled_features(device=team.device)
+    if args.inception != 'bundled': return args.inception or (team.first(lambda: str(download_inception())) if p.features == INCEPTION else None), p
+    features = bundled_feature_network(device=team.device)
     return features, p if p.features == features.name else replace(p, name=f'{p.name}-bundled-scorer', features=features.name)
 def trained_on(s:Subject, captions:list[str]|None)->int|None:
     "How many captions the run of a student was trained on; None: not known"
     if s.config is None or not captions: return None
-    try: return count_known(captions, np.load(s.home/'prompts.npy', allow_pickle=False))
+    try: return count_seen(captions, np.load(s.home/'prompts.npy', allow_pickle=False))
     except (OSError, ValueError): pass                                            # a run of an older version, or a file that was cut
     try:
         prompts = open_prompts(s.config.prompts or EMBEDDED/'prompts.txt', s.config.column); told = json.loads((s.home/'prompts.json').read_text(encoding='utf-8'))
-        return count_known(captions, hashes_of(prompts)) if told['sha256'] == prompts.sha256 else None
+        return count_seen(captions, prompt_hashes(prompts)) if told['sha256'] == prompts.sha256 else None
     except (InputError, OSError, ValueError, TypeError, KeyError): return None
 def say_trained(known:int|None, n:int)->str:
     "Whether a score is zero-shot, in words"
     if known is None: return 'how many of the captions were trained on is not known here, nor whether the score is zero-shot'
     return f'{known:,} of the {n:,} captions were trained on: ' + ('the score is not zero-shot' if known else 'the score is zero-shot')
-def evaluate(args:Evaluate)->Result: # the same in every process
+def evaluate(args:Evaluate)->ScoreResult: # the same in every process
     "Score, print one line, and keep it; of several processes each draws its share, the first one writes; raises `InputError` with nothing written"
     out, s = Path(args.out).expanduser(), subject(args.what); check_way(s, args.steps, args.kappa); p = protocol_for(args, s)
     if args.out and out.exists(): raise InputError(f'--out {args.out} exists; give another file, or leave --out away')
     must_write(out.parent if args.out else s.home or Path())
     if args.batch < 1: raise InputError(f'batch {args.batch} must be at least 1')
     team = Team(args.device); device = team.device
-    images, p = pictures_of(args, s, p, device); clip, p = judge(args.clip, p, device); judges = [reward(r, device) for r in args.rewards]
+    images, p = pictures_of(args, s, p, device); clip, p = judge(args.clip, p, device); judges = [load_reward(r, device) for r in args.rewards]
     features, p = features_of(args, p, team)
-    with plain_warnings(team.main): r = score_images(images, p, reference=Path(args.reference).expanduser() if args.reference else None, features=features, clip=clip, rewards=judges, device=device, rank=team.rank, world=team.world, batch=args.batch)
+    with one_line_warnings(team.main): r = score_images(images, p, reference=Path(args.reference).expanduser() if args.reference else None, features=features, clip=clip, rewards=judges, device=device, rank=team.rank, world=team.world, batch=args.batch)
     r = replace(r, trained_on=trained_on(s, images.captions))
     if team.main:
         print(r.line())
@@ -206,7 +206,7 @@ def closing_rows(s:Subject)->list[dict]:
         rows = json.loads(file.read_text(encoding='utf-8')) if file.is_file() else []
         return [dict(name=str(r['name']), how='tiny: ' + told(r), values={k: float(r[k]) for k in ('tiny_fd', 'tiny_clip', 'concept', 'style', 'color')}) for r in rows]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e: raise InputError(f'{str(file)!r} is no closing table ({type(e).__name__}); take it as `sid-lsg distill` wrote it') from e
-def sound(file:Path)->Result:
+def sound(file:Path)->ScoreResult:
     "A saved result that can be shown; raises `InputError` for another file"
     r = load_result(file)
     try: r.line().encode(); return replace(r, values={str(k): float(v) for k, v in r.values.items()})
@@ -221,7 +221,7 @@ def score_tables(subjects:list[Subject])->list[tuple[str, list[tuple[str, dict, 
     for i, s in enumerate(subjects):
         for r in closing_rows(s): add(r['how'], r['name'], r['values'], i)
         for f in sorted(s.home.glob('scores-*.json')):
-            r = sound(f); same = next((k for k, first in firsts.items() if not comparable(first, r)), None)
+            r = sound(f); same = next((k for k, first in firsts.items() if not incompatible_fields(first, r)), None)
             if same is None: firsts[same := f'{r.protocol.name}: {r.line().partition(" | ")[2]}'] = r
             add(same, r.name, r.values, i)
     for rows in tables.values(): names = [r[0] for r in rows]; rows.sort(key=lambda r: (names.index(r[0]), r[2]))

@@ -35,13 +35,13 @@ from ..method.optim import EMA, make_adam
 from ..method.steps import Game, Recipe, distill
 from ..method.adversary import Adversary
 from ..teachers.student import save_student
-from ..metrics.tiny import TINY_HEADER, Scorer, TinyScore, tiny_score
+from ..metrics.tiny import TINY_HEADER, TinyClip, TinyScore, tiny_score
 from .checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
 from ..export.model_card import write_card
-from ..data.prompts import Prompts, count_longer, hashes_of, listed, open_prompts, say_longer
-from ..metrics.fid import Features, bundled_features, inception
-from ..data.images import folder_images, generated
-from ..metrics.protocols import PROTOCOLS, plain_warnings, score_images
+from ..data.prompts import Prompts, count_truncated, prompt_hashes, prompts_from_list, open_prompts, describe_truncated
+from ..metrics.fid import FeatureNetwork, bundled_feature_network, load_inception
+from ..data.images import images_from_folder, generated_images
+from ..metrics.protocols import PROTOCOLS, one_line_warnings, score_images
 from ..teachers.edm import is_edm
 from ..teachers.registry import is_here, open_teacher
 from .distributed import Team, allow_tf32, cut_like, make_learner, precision_of, slices, versions, whole
@@ -191,7 +191,7 @@ def check_inputs(config:Config, team:Team):
         return
     find_prompts(config, team); teacher = open_teacher(config.teacher, 'meta', prediction_type=config.prediction_type)
     timed(config, teacher); check_lora(config, teacher)
-    if config.real: adversary_of(config, teacher); folder_images(Path(config.real).expanduser())
+    if config.real: adversary_of(config, teacher); images_from_folder(Path(config.real).expanduser())
     make_adam([torch.nn.Parameter(torch.zeros(1))], bits=config.bits)                  # is the package there?
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
     "Everything a run needs; raises `InputError` for input that cannot work"
@@ -202,7 +202,7 @@ def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: #
     sha = fingerprint(teacher); team.same({'the content of the teacher': sha[:12]})
     if config.vae_rests: teacher.vae.to(config.vae_rests)
     recipe, (rival, real), (judge, *students) = team.agreed(lambda: (timed(config, teacher), opponent(config, teacher), networks(config, teacher)))
-    prompts = prompts or listed(teacher.prompts); team.same({'the number of real pictures': str(real is not None and len(real))})
+    prompts = prompts or prompts_from_list(teacher.prompts); team.same({'the number of real pictures': str(real is not None and len(real))})
     ema = EMA(students[1], config.ema_halflife, config.ema_rampup, config.ema_device or None)
     learners = [make_learner(team, net, lr, config.precision, config.shard, config.clip, config.eps, config.bits) for net, lr in zip(students, (config.lr_fake, config.lr))]
     if config.shard: slices(team, judge), slices(team, ema.net)
@@ -269,13 +269,13 @@ def remember(job:Job, folder:Path):
     p, c = job.prompts, job.config
     kept = read_json_or({}, folder/'prompts.json')
     counted = kept.get('sha256') == p.sha256 and 'longer' in kept and (folder/'prompts.npy').is_file()
-    longer = kept['longer'] if counted else count_longer(p, job.teacher.text)
+    longer = kept['longer'] if counted else count_truncated(p, job.teacher.text)
     told = dict(source=c.prompts or c.teacher, report=p.report, sha256=p.sha256, column=p.column, first=p[0][:300], longer=longer, teacher=c.teacher, teacher_sha256=job.teacher_sha)
     if not counted:
-        np.save(hashes := BytesIO(), hashes_of(p), allow_pickle=False)
+        np.save(hashes := BytesIO(), prompt_hashes(p), allow_pickle=False)
         atomic_write(folder/'prompts.npy', hashes.getvalue())
     atomic_write(folder/'prompts.json', json.dumps(told, indent=1, ensure_ascii=False) + '\n')
-    if not counted and (line := say_longer(longer)): print(line)
+    if not counted and (line := describe_truncated(longer)): print(line)
 def lock_run(folder:Path):
     "Hold a run's folder for this process, until it ends or lets go; raises `InputError` if another one has it"
     lock = FileLock(folder/'.lock')
@@ -333,7 +333,7 @@ class Sheets:
         if self.job.team.main: sheet(rows, self.folder/f'samples/alarm_{nimg:09d}.png', f'alarm: {label(self.job.config)}, {nimg} images seen')
 def closing_table(job:Job, progress=tqdm)->list[TinyScore]:
     "Score the first, the student's own and the last way of drawing on the same prompts and seeds, and print as they come"
-    c, say, scorer, scores = job.config, print if job.team.main else lambda *_, **k: None, Scorer(), []
+    c, say, scorer, scores = job.config, print if job.team.main else lambda *_, **k: None, TinyClip(), []
     say(f'n = {c.n_eval} pictures each, seed {c.seed}, bundled scorer, reference: 10,000 real pictures', TINY_HEADER, sep='\n')
     for name, draw in ways_to_draw(job).items():
         if 'student' in name and name != student_name(c.steps): continue
@@ -341,19 +341,19 @@ def closing_table(job:Job, progress=tqdm)->list[TinyScore]:
         say(scores[-1].row(), flush=True)
     return scores
 @cache
-def feature_network(file:str, device:str)->Features:
+def feature_network(file:str, device:str)->FeatureNetwork:
     "Opened once per run"
-    return bundled_features(device=device) if file == 'bundled' else inception(file or None, device)
+    return bundled_feature_network(device=device) if file == 'bundled' else load_inception(file or None, device)
 def score_now(job:Job)->dict:
     "For a line of the log: tiny-FD and concept accuracy in the bundled world, else FID, KID, precision and recall against a folder"
     c, team, draw = job.config, job.team, student_draw(job.teacher, job.ema.net, job.game.recipe.t_init, job.config.steps)
     if not c.eval_reference:
-        s = tiny_score('now', draw, Scorer(), n=c.n_eval, seed=c.seed)
+        s = tiny_score('now', draw, TinyClip(), n=c.n_eval, seed=c.seed)
         return dict(tiny_fd=round(s.tiny_fd, 4), concept=round(s.concept, 4))
     features = feature_network(c.inception, str(team.device)); protocol = replace(PROTOCOLS['folder-vs-folder'], name='during the run', n=c.n_eval, features=features.name, subset_size=min(1000, c.n_eval))
-    images = generated(draw, PromptStream(job.prompts, c.seed).take(c.n_eval), range(c.seed, c.seed + c.n_eval), c.micro)
+    images = generated_images(draw, PromptStream(job.prompts, c.seed).take(c.n_eval), range(c.seed, c.seed + c.n_eval), c.micro)
     shard = dict(world=team.world, rank=team.rank) if not c.shard else {}               # slices have to be asked by all together
-    with plain_warnings(team.main): r = score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard)
+    with one_line_warnings(team.main): r = score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard)
     return {k: round(v, 5) for k, v in r.values.items()}
 
 # %% ../../nbs/6_training/06_trainer.ipynb #f7b05968
