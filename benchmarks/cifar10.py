@@ -56,8 +56,8 @@ SIZES = {
     'small': Size(dict(model_channels=64, num_blocks=3, dropout=.05), 10., 250_000, 3., 'our small teacher'),
     'full': Size({}, 200., 10_000_000, 500., "our teacher of EDM's size"),
 }
-_edm = dict(kappa=Kappa(), t_min=0, t_max=800, t_init=KarrasSchedule().time_of(SIGMA_INIT), law_fake='edm', fake_weight='edm')
-RECIPES = dict(sid=Recipe(alpha=1.2, **_edm), sim=Recipe(method='sim', distance='huber', weight='none', **_edm))
+_edm = dict(kappa=Kappa(), t_min=0, t_max=800, t_init=KarrasSchedule().time_of(SIGMA_INIT), timestep_sampling_fake='edm', fake_loss_weight='edm')
+RECIPES = dict(sid=Recipe(alpha=1.2, **_edm), sim=Recipe(method='sim', distance='huber', loss_weight='none', **_edm))
 PUBLISHED = [ # who, FID unconditional, FID conditional, million pictures
     ("EDM's teacher, 55.7 M weights, 35 network calls (2206.00364)", '1.97', '1.79', '200 / 200'),
     ('SiD, alpha 1.2, one step, distilled from it (2404.04057)', '1.923', '1.710', '404 / 713'),

@@ -78,7 +78,7 @@ def where(r:Report):
 def bundled(o, **more):
     "The bundled teacher, in twenty iterations or three"
     from sid_lsg_nb.training.config import Config
-    return Config(**dict(device=o.device, batch=4 if o.tiny else 16, micro=2 if o.tiny else None, kappa=1.5) | more)
+    return Config(**dict(device=o.device, total_batch_size=4 if o.tiny else 16, micro_batch=2 if o.tiny else None, kappa=1.5) | more)
 
 def losses(config, n:int):
     "Losses of n iterations, on noise that the CPU makes: [n, 3] float64; and the job"
@@ -89,21 +89,21 @@ def losses(config, n:int):
     from sid_lsg_nb.training.trainer import setup
     job = setup(config); c, recipe, dice, out = job.config, job.game.recipe, rng(config.seed), []
     def noises(fake):
-        noise = draw((c.batch, *job.teacher.latent_shape), job.teacher.schedule, recipe, dice, fake=fake)
+        noise = draw((c.total_batch_size, *job.teacher.latent_shape), job.teacher.schedule, recipe, dice, fake=fake)
         for k in ('z', 'eps', 't'): setattr(noise, k, getattr(noise, k).to(job.team.device))
-        return shares(noise, [c.micro]*c.rounds, 0)
-    batches = text_batches(job.stream, job.teacher.text, c.batch, c.micro, c.p_drop*recipe.kappa.drops_prompts, job.drops)
+        return shares(noise, [c.micro_batch]*c.gradient_accumulation_steps, 0)
+    batches = text_batches(job.stream, job.teacher.text, c.total_batch_size, c.micro_batch, c.proportion_empty_prompts*recipe.kappa.drops_prompts, job.drops)
     for k in range(n):
         for_fake, for_generator = next(batches)
         f, g = fake_step(job.game, for_fake, noises(True)), generator_step(job.game, for_generator, noises(False))
-        job.ema.update(job.game.generator.net, k*c.batch, c.batch)
+        job.ema.update(job.game.generator.net, k*c.total_batch_size, c.total_batch_size)
         out.append(torch.stack([f.loss, g.loss, g.fisher]).double())
     return torch.stack(out).cpu(), job
 
 VARIANTS = {  # name: settings, how far the means of fake's loss and gap may be from fp32's, as a part
-    'bf16': (dict(precision='bf16'), .05), 'fp16': (dict(precision='fp16'), .02), 'pure-fp16': (dict(precision='pure-fp16'), .2),
-    'channels-last': (dict(channels_last=True), .01), 'sequential': (dict(sequential=True), .01), 'checkpointing': (dict(checkpointing=True), .01),
-    'lora': (dict(lora='both', rank=16), None), 'compile': (dict(compile=True), .01)}
+    'bf16': (dict(mixed_precision='bf16'), .05), 'fp16': (dict(mixed_precision='fp16'), .02), 'pure-fp16': (dict(weight_dtype='fp16'), .2),
+    'channels-last': (dict(channels_last=True), .01), 'sequential': (dict(sequential_gradient=True), .01), 'checkpointing': (dict(gradient_checkpointing=True), .01),
+    'lora': (dict(lora='both', lora_rank=16), None), 'compile': (dict(compile=True), .01)}
 
 def variants(r:Report, n:int, plain):
     "Every way to compute, beside fp32"
@@ -136,7 +136,7 @@ def no_waits(device):
 def waits(r:Report):
     "Whole iterations, with prompts, noise and average, that never wait"
     from sid_lsg_nb.training.trainer import iterate, setup
-    for name, settings in dict(fp32={}, fp16=dict(precision='fp16', sequential=True), bf16=dict(precision='bf16', checkpointing=True), law=dict(law='edm')).items():
+    for name, settings in dict(fp32={}, fp16=dict(mixed_precision='fp16', sequential_gradient=True), bf16=dict(mixed_precision='bf16', gradient_checkpointing=True), law=dict(timestep_sampling='edm')).items():
         if r.o.tiny and name in ('fp16', 'law'): continue            # slow on CPUs; a law looks at numbers of the CPU's own
         with r.attempt(f'waits_{name}'):
             job = setup(bundled(r.o, **settings)); it = iterate(job); next(it)
@@ -146,7 +146,7 @@ def waits(r:Report):
 def distil(o, work:Path, *flags)->subprocess.Popen:
     "`sid-lsg distill` with deterministic algorithms, in a process of its own"
     n, batch = (16, 4) if o.tiny else (320, 16)
-    words = f'--device {o.device} --nimg {n} --batch {batch} --log-every {batch} --checkpoint-every {batch} --sample-every {n} --n-eval 0 --teacher-steps 2'.split()
+    words = f'--device {o.device} --max-train-images {n} --total-batch-size {batch} --log-every {batch} --checkpoint-every {batch} --sample-every {n} --n-eval 0 --teacher-steps 2'.split()
     env = dict(os.environ, CUBLAS_WORKSPACE_CONFIG=':4096:8')
     with open(work/f'{flags[-1]}.log', 'w') as log:
         return subprocess.Popen([sys.executable, str(HERE/'gpu_day.py'), 'deterministic', 'distill', *words, *flags], cwd=work, env=env, stdout=log, stderr=log)
@@ -273,8 +273,8 @@ def fast(r:Report):
             try:
                 torch.manual_seed(0); teacher = small_teacher(r.o, home)
                 if name in ('gpu-fp32-4', 'gpu-pure-fp16-4'):
-                    p = b.get('precision', 'fp32'); theirs[p] = official(r, teacher, p, 2 if r.o.tiny else 4); r.add(official=theirs)
-                rows[name] = measure(bench_of(b | (dict(micro=2) if r.o.tiny else {})), teacher); del teacher; free(); r.add(rows=rows)
+                    p = 'pure-fp16' if 'weight_dtype' in b else 'fp32'; theirs[p] = official(r, teacher, p, 2 if r.o.tiny else 4); r.add(official=theirs)
+                rows[name] = measure(bench_of(b | (dict(micro_batch=2) if r.o.tiny else {})), teacher); del teacher; free(); r.add(rows=rows)
             except torch.OutOfMemoryError: rows[name] = dict(settings=b, failed='does not fit'); free(); r.add(rows=rows)
         longest = max(longest, time.monotonic() - begun) if 'compile' not in name else longest
     shutil.rmtree(home); r.add(goals=judged(rows, theirs))
@@ -301,13 +301,13 @@ def small(r:Report):
     from sid_lsg_nb.training.memory import SHAPES, budget, meta_unet
     from sid_lsg_nb.training.config import shapes_of
     device, home = device_of(r.o), Path(tempfile.mkdtemp())
-    for gb, more in ((24, dict(sequential=True)), (12, dict(lora='both'))):
-        settings = dict(micro=1, precision='bf16' if r.o.tiny else 'fp16', checkpointing=True) | more
+    for gb, more in ((24, dict(sequential_gradient=True)), (12, dict(lora='both'))):
+        settings, low = dict(micro_batch=1, gradient_checkpointing=True) | more, 'bf16' if r.o.tiny else 'fp16'
         with r.attempt(f'gb{gb}'):
             if device.type == 'cuda': torch.cuda.set_per_process_memory_fraction(min(1., gb*1e9/torch.cuda.mem_get_info()[1]))
             shapes = shapes_of(str(home/'tiny')) if r.o.tiny and small_teacher(r.o, home) else SHAPES['sd15']
-            counted = sum(budget(meta_unet(shapes[0]), *shapes[1:], **settings | dict(sequential=True)).values())/2**30
-            found = measure(bench_of(settings | dict(device=str(device), repeat=1 if r.o.tiny else 3)), small_teacher(r.o, home)); peak = found['peak_gib']
+            counted = sum(budget(meta_unet(shapes[0]), *shapes[1:], **settings | dict(precision=low, sequential_gradient=True)).values())/2**30
+            found = measure(bench_of(settings | dict(mixed_precision=low, device=str(device), repeat=1 if r.o.tiny else 3)), small_teacher(r.o, home)); peak = found['peak_gib']
             r.add(**{f'gb{gb}': found | dict(cap_gb=gb, counted_gib=round(counted, 3), ok=None if peak is None else abs(peak/counted - 1) < GOALS['peak'])})
         free()
     shutil.rmtree(home)
@@ -325,7 +325,7 @@ def ranks(o):
         dist.init_process_group('gloo' if o.device == 'cpu' or not torch.cuda.is_available() else 'nccl')
     team, out = Team(o.device), {}
     for how in ('copies', 'slices'):
-        def job(): return setup(bundled(o, batch=2*team.world, micro=None, shard=how == 'slices', device=str(team.device)), team)
+        def job(): return setup(bundled(o, total_batch_size=2*team.world, micro_batch=None, fsdp=how == 'slices', device=str(team.device)), team)
         a, b = job(), job()
         for l in [*a.learners.values(), *b.learners.values()] if how == 'copies' and team.world == 1 else ():
             l.train = l.net.around(DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False))
@@ -368,7 +368,7 @@ def sampling(r:Report):
 def whole(r:Report):
     "The command of the README, from start to table; then drawing"
     with tempfile.TemporaryDirectory() as home, r.attempt('distill'):
-        words = ['--nimg', 16, '--batch', 4, '--n-eval', 8, '--teacher-steps', 2, '--sample-every', 16, '--log-every', 8] if r.o.tiny else []
+        words = ['--max-train-images', 16, '--total-batch-size', 4, '--n-eval', 8, '--teacher-steps', 2, '--sample-every', 16, '--log-every', 8] if r.o.tiny else []
         start = time.monotonic(); run(['-m', 'sid_lsg_nb.cli', 'distill', '--out', 'run', '--device', r.o.device, *words], r.left() - 15, cwd=home)
         folder = Path(home)/'run'; log = [json.loads(l) for l in (folder/'log.jsonl').read_text().splitlines()]
         r.add(minutes=round((time.monotonic() - start)/60, 3), images=log[-1]['nimg'], img_per_s=sorted(l['img_per_s'] for l in log)[len(log)//2], table=json.loads((folder/'scores.json').read_text()))

@@ -15,13 +15,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SD = '--teacher random-sd15 --device cuda'
 ROWS = {  # name: options of `sid-lsg bench`
-    'cpu-4': '--micro 4', 'cpu-16': '--micro 16', 'cpu-16-kappa1': '--micro 16 --kappa 1', 'cpu-16-sequential': '--micro 16 --sequential', 'cpu-16-checkpointing': '--micro 16 --checkpointing',
-    'cpu-16-both': '--micro 16 --sequential --checkpointing', 'cpu-16-lora': '--micro 16 --lora both --rank 16', 'cpu-16-bf16': '--micro 16 --precision bf16',
-    'gpu-fp32-4': f'{SD} --micro 4', 'gpu-tf32-4': f'{SD} --micro 4 --tf32', 'gpu-bf16-4': f'{SD} --micro 4 --precision bf16', 'gpu-bf16-1': f'{SD} --micro 1 --precision bf16', 'gpu-bf16-8': f'{SD} --micro 8 --precision bf16',
-    'gpu-bf16-16': f'{SD} --micro 16 --precision bf16', 'gpu-fp32-1': f'{SD} --micro 1', 'gpu-fp32-8': f'{SD} --micro 8', 'gpu-fp16-16': f'{SD} --micro 16 --precision fp16', 'gpu-fp16-4': f'{SD} --micro 4 --precision fp16', 'gpu-fp16-8': f'{SD} --micro 8 --precision fp16',
-    'gpu-bf16-4-channels-last': f'{SD} --micro 4 --precision bf16 --channels-last', 'gpu-bf16-4-compile': f'{SD} --micro 4 --precision bf16 --compile', 'gpu-bf16-4-sequential': f'{SD} --micro 4 --precision bf16 --sequential',
-    'gpu-bf16-4-checkpointing': f'{SD} --micro 4 --precision bf16 --checkpointing', 'gpu-fp16-1-24gb': f'{SD} --micro 1 --precision fp16 --sequential --checkpointing', 'gpu-fp16-1-lora': f'{SD} --micro 1 --precision fp16 --checkpointing --lora both',
-    'gpu-pure-fp16-4': f'{SD} --micro 4 --precision pure-fp16',
+    'cpu-4': '--micro-batch 4', 'cpu-16': '--micro-batch 16', 'cpu-16-kappa1': '--micro-batch 16 --kappa 1', 'cpu-16-sequential': '--micro-batch 16 --sequential-gradient', 'cpu-16-checkpointing': '--micro-batch 16 --gradient-checkpointing',
+    'cpu-16-both': '--micro-batch 16 --sequential-gradient --gradient-checkpointing', 'cpu-16-lora': '--micro-batch 16 --lora both --lora-rank 16', 'cpu-16-bf16': '--micro-batch 16 --mixed-precision bf16',
+    'gpu-fp32-4': f'{SD} --micro-batch 4', 'gpu-tf32-4': f'{SD} --micro-batch 4 --tf32', 'gpu-bf16-4': f'{SD} --micro-batch 4 --mixed-precision bf16', 'gpu-bf16-1': f'{SD} --micro-batch 1 --mixed-precision bf16', 'gpu-bf16-8': f'{SD} --micro-batch 8 --mixed-precision bf16',
+    'gpu-bf16-16': f'{SD} --micro-batch 16 --mixed-precision bf16', 'gpu-fp32-1': f'{SD} --micro-batch 1', 'gpu-fp32-8': f'{SD} --micro-batch 8', 'gpu-fp16-16': f'{SD} --micro-batch 16 --mixed-precision fp16', 'gpu-fp16-4': f'{SD} --micro-batch 4 --mixed-precision fp16', 'gpu-fp16-8': f'{SD} --micro-batch 8 --mixed-precision fp16',
+    'gpu-bf16-4-channels-last': f'{SD} --micro-batch 4 --mixed-precision bf16 --channels-last', 'gpu-bf16-4-compile': f'{SD} --micro-batch 4 --mixed-precision bf16 --compile', 'gpu-bf16-4-sequential': f'{SD} --micro-batch 4 --mixed-precision bf16 --sequential-gradient',
+    'gpu-bf16-4-checkpointing': f'{SD} --micro-batch 4 --mixed-precision bf16 --gradient-checkpointing', 'gpu-fp16-1-24gb': f'{SD} --micro-batch 1 --mixed-precision fp16 --sequential-gradient --gradient-checkpointing', 'gpu-fp16-1-lora': f'{SD} --micro-batch 1 --mixed-precision fp16 --gradient-checkpointing --lora both',
+    'gpu-pure-fp16-4': f'{SD} --micro-batch 4 --weight-dtype fp16',
 }
 
 RECIPE = '''### The recipe
@@ -86,12 +86,17 @@ def speeds(here:Path=HERE)->list[dict]:
     rows = [json.loads(f.read_text()) for f in sorted(here.glob('gpu-*.json'))]
     return [dict(card=r['machine']['device'], date=r['machine']['date'], img_per_s=r['img_per_s'], settings=r['settings']) for r in rows]
 
+def numbers(settings:dict)->str:
+    "The number format of weights and arithmetic, in a word or two"
+    if settings['weight_dtype'] != 'fp32': return f'all in {settings["weight_dtype"]}'
+    return 'fp32' if settings['mixed_precision'] == 'no' else settings['mixed_precision']
+
 def speed_words(rows:list[dict])->str:
     "README's sentence on speed, from `speeds`"
     if not rows: return '**No GPU has run it yet**, so the speeds and peaks of `benchmarks/` on GPUs say "not run".'
     best = {}
     for r in rows: best[r['card']] = max(best.get(r['card'], r), r, key=lambda r: r['img_per_s'])
-    told = [f'{card}: {r["img_per_s"]:.3g} images/s at best ({r["settings"]["teacher"]}, {r["settings"]["precision"]}, {r["settings"]["micro"]} at once; {r["date"]})' for card, r in best.items()]
+    told = [f'{card}: {r["img_per_s"]:.3g} images/s at best ({r["settings"]["teacher"]}, {numbers(r["settings"])}, {r["settings"]["micro_batch"]} at once; {r["date"]})' for card, r in best.items()]
     return f'GPUs that ran it: {"; ".join(told)}. The other rows are in `benchmarks/`.'
 
 def write_words(rows:list[dict], root:Path=HERE.parent):

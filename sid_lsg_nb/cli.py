@@ -43,7 +43,7 @@ def sample(args:Sample)->Path: # the folder
     from sid_lsg_nb.teachers.registry import open_student
     prompts = [*args.text, *(open_prompts(args.prompts) if args.prompts else [])]
     if not prompts: raise InputError('no prompt given; add one in quotes: sid-lsg sample RUN "a 3d fox on a white background", or --prompts FILE')
-    run = run_around(args.student); steps = run.steps if args.steps is None else args.steps
+    run = run_around(args.student); steps = run.student_steps if args.steps is None else args.steps
     if steps < 1 or args.batch < 1: raise InputError(f'steps {steps} and batch {args.batch} must be at least 1')
     folder = Path(args.out).expanduser() if args.out else free_folder('pictures')
     if folder.exists(): raise InputError(f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N')

@@ -40,7 +40,7 @@ def test_the_readme_says_what_was_measured(tmp_path):
     before = [f.read_text(encoding='utf-8') for f in files]
     run.write_words(json.loads((HERE.parent/'sid_lsg_nb/embedded/speeds.json').read_text()), tmp_path)
     assert before == [f.read_text(encoding='utf-8') for f in files]                                   # what stands there is of the stored speeds
-    row = lambda card, speed: dict(card=card, date='2026-01-01', img_per_s=speed, settings=dict(teacher='random-sd15', precision='bf16', micro=4))
+    row = lambda card, speed: dict(card=card, date='2026-01-01', img_per_s=speed, settings=dict(teacher='random-sd15', mixed_precision='bf16', weight_dtype='fp32', micro_batch=4))
     run.write_words([row('Some "Card"', 12.34), row('Some "Card"', 9.), row('Other', 2.)], tmp_path)
     prose = '\n'.join(''.join(c['source']) for c in json.loads(files[0].read_text(encoding='utf-8'))['cells'])
     for text in (prose, files[1].read_text(encoding='utf-8')):
@@ -63,11 +63,11 @@ def test_a_dry_run_names_the_card_and_is_silent_elsewhere(tmp_path, monkeypatch,
     from dataclasses import asdict, replace
     from sid_lsg_nb.commands.bench import Bench
     from sid_lsg_nb.training.config import PRESETS, how_long, plan, settle
-    config = settle(replace(PRESETS['sd15-lsg-1.5'], nimg=360_000))
-    (tmp_path/'gpu-fp32-4.json').write_text(json.dumps(dict(machine=dict(device='Some Card', date='2026-01-01'), img_per_s=50., settings=asdict(Bench('random-sd15', micro=4)))))
+    config = settle(replace(PRESETS['sd15-lsg-1.5'], max_train_images=360_000))
+    (tmp_path/'gpu-fp32-4.json').write_text(json.dumps(dict(machine=dict(device='Some Card', date='2026-01-01'), img_per_s=50., settings=asdict(Bench('random-sd15', micro_batch=4)))))
     rows = script('run').speeds(tmp_path)
     assert 'about 2 hours' in how_long(config, 'Some Card', rows) and 'one Some Card (50 images/s, measured 2026-01-01)' in how_long(config, 'Some Card', rows)
-    for other in (dict(precision='bf16'), dict(micro=2), dict(kappa=1.), dict(lora='both'), dict(teacher='embedded')):
+    for other in (dict(mixed_precision='bf16'), dict(micro_batch=2), dict(kappa=1.), dict(lora='both'), dict(teacher='embedded')):
         assert how_long(replace(config, **other), 'Some Card', rows) == '', other
     assert how_long(config, 'Another Card', rows) == how_long(config, 'Some Card', []) == ''
     plan(PRESETS['embedded']); assert 'time:' not in capsys.readouterr().out

@@ -29,9 +29,9 @@ class Watch(TorchDispatchMode):
         if len(where) > 1: self.carried.append(str(f))
         return out
 
-@pytest.mark.parametrize('more', [{}, dict(precision='bf16', checkpointing=True), dict(sequential=True, clip=1.), dict(steps=4, method='sim')], ids=str)
+@pytest.mark.parametrize('more', [{}, dict(mixed_precision='bf16', gradient_checkpointing=True), dict(sequential_gradient=True, clip_grad_value=1.), dict(student_steps=4, method='sim')], ids=str)
 def test_an_iteration_asks_nothing(more):
-    it = iterate(setup(Config(device='cpu', batch=2, micro=1, nimg=8, **more))); next(it)
+    it = iterate(setup(Config(device='cpu', total_batch_size=2, micro_batch=1, max_train_images=8, **more))); next(it)
     with Watch() as seen: next(it)
     assert seen.asked == []
 
@@ -47,7 +47,7 @@ def test_a_step_carries_nothing(monkeypatch, sequential):
     fake, generator = (Learner(n := teacher.copy(), make_adam(n.parameters()), clip=1.) for _ in range(2))
     words, ema = lambda n: dict(encoder_hidden_states=torch.empty(n, 16, 16, device='meta')), EMA(generator.net)
     noise = SimpleNamespace(z=torch.empty(2, 4, 8, 8, device='meta'), eps=torch.empty(2, 4, 8, 8, device='meta'), t=torch.empty(2, dtype=torch.long, device='meta'))
-    game = Game(teacher, fake, generator, words(1), Recipe(Kappa.lsg(1.5), fake_weight='1-t'), sequential)
+    game = Game(teacher, fake, generator, words(1), Recipe(Kappa.lsg(1.5), fake_loss_weight='1-t'), sequential)
     def step(): fake_step(game, [words(2)], [noise]); generator_step(game, [words(2)], [noise]); ema.update(generator.net, 0, 2)
     step()
     with Watch() as seen: step()

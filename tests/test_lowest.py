@@ -25,6 +25,6 @@ def test_two_iterations_leave_a_student(tmp_path, monkeypatch):
     from sid_lsg_nb.teachers.registry import open_student
     from sid_lsg_nb.training.trainer import train
     monkeypatch.chdir(tmp_path)
-    run = train(Config(nimg=8, batch=4, n_eval=0, teacher_steps=2, device='cpu', out='run'))
+    run = train(Config(max_train_images=8, total_batch_size=4, n_eval=0, teacher_steps=2, device='cpu', out='run'))
     picture = open_student(run)(['a 3d fox on a white background'])
     assert picture.shape[:2] == (1, 3) and picture.isfinite().all() and (run/'generator/README.md').is_file()

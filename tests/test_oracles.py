@@ -116,24 +116,24 @@ W = {'none': lambda a, s, x, r: 1., 'l1': lambda a, s, x, r: (1/(x - r).abs().me
 @pytest.mark.parametrize('space', ['x0', 'score'])
 @pytest.mark.parametrize('distance', list(D))
 def test_sim_with_any_distance(world, kind, space, distance):
-    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], method='sim', distance=distance, space=space, weight='none'))
+    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], method='sim', distance=distance, space=space, loss_weight='none'))
     agree(out.loss, official_family(kind, world, KAPPAS[-1], 'sim', W['none'], D[distance], space == 'score'), world.generator)
 
 @pytest.mark.parametrize('weight', list(W))
 @pytest.mark.parametrize('method', ['fisher', 'sim', 'di'])
 def test_methods_and_weights(world, method, weight):
-    out = generator_losses(*ours(world, 'epsilon'), recipe(KAPPAS[-1], method=method, distance='huber-abs:3', weight=weight))
+    out = generator_losses(*ours(world, 'epsilon'), recipe(KAPPAS[-1], method=method, distance='huber-abs:3', loss_weight=weight))
     agree(out.loss, official_family('epsilon', world, KAPPAS[-1], method, W[weight], D['huber-abs:3']), world.generator)
 
 @pytest.mark.parametrize('weight', ['none', 'snr', '1-t', 'edm'])
 def test_weights_of_the_fake(world, weight):
     _, *rest = ours(world, 'epsilon'); a, s = levels(world.noise.t)
     official = official_fake('epsilon', world, 2.)*(s**2/a**2)[:, 0, 0, 0]*W[weight](a, s, 0, 0).reshape(-1) if weight != 'none' else official_fake('epsilon', world, 2.)*(s**2/a**2)[:, 0, 0, 0]
-    agree(fake_losses(*rest, recipe((2., 1., 1., 1.), fake_weight=weight)), official, world.fake)
+    agree(fake_losses(*rest, recipe((2., 1., 1., 1.), fake_loss_weight=weight)), official, world.fake)
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
 def test_unweighted(world, kind):
-    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], weight='none'))
+    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], loss_weight='none'))
     agree(out.loss, official_generator(kind, world, KAPPAS[-1], 1., weighted=False), world.generator)
 
 def test_gradient_stays_out_of_the_judges(world):

@@ -7,7 +7,7 @@ from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.testing import tiny_pipeline
 from sid_lsg_nb.testing import tiny_sd3
 
-FLAGS = '--preset embedded --batch 8 --micro 2 --log-every 8 --sample-every 800 --checkpoint-every 16 --keep 9 --teacher-steps 2 --device cpu --kappa 1.5'.split()
+FLAGS = '--preset embedded --total-batch-size 8 --micro-batch 2 --log-every 8 --sample-every 800 --checkpoint-every 16 --checkpoints-total-limit 9 --teacher-steps 2 --device cpu --kappa 1.5'.split()
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
@@ -32,11 +32,11 @@ def apart(a, b): return max((a[k] - b[k]).abs().max().item() for k in a)
 def lines(run): return [json.loads(l) for l in (run/'log.jsonl').read_text().splitlines()]
 
 @pytest.fixture(scope='module')
-def one(home): run(home, 1, '--out', 'one', '--nimg', '32'); return home/'one'
+def one(home): run(home, 1, '--out', 'one', '--max-train-images', '32'); return home/'one'
 
 @pytest.mark.parametrize('how', ['copies', 'slices'])
 def test_two_processes_are_one(home, one, how):
-    out = run(home, 2, '--out', how, '--nimg', '16', *(['--shard'] if how == 'slices' else []))
+    out = run(home, 2, '--out', how, '--max-train-images', '16', *(['--fsdp'] if how == 'slices' else []))
     assert out.count('run folder') == 1 and 'x 2 processes' in out                          # one of them speaks
     a, b = lines(one)[:2], lines(home/how)
     assert [r['nimg'] for r in b] == [8, 16]
@@ -45,20 +45,20 @@ def test_two_processes_are_one(home, one, how):
     whole = load_checkpoint(checkpoints(one/'checkpoints')[1])
     assert saved['nimg'] == 16 and all(saved['generator'][k].shape == v.shape for k, v in whole['generator'].items())     # whole, whatever the slices
     assert apart(saved['generator'], whole['generator']) < 5e-4                              # fp32: Adam's first steps turn rounding into lr 1e-4 here and there
-    run(home, 1, '--resume', how, '--nimg', '32', *(['--no-shard'] if how == 'slices' else []))                            # saved by two, resumed by one
+    run(home, 1, '--resume', how, '--max-train-images', '32', *(['--no-fsdp'] if how == 'slices' else []))                            # saved by two, resumed by one
     assert [r['nimg'] for r in lines(home/how)] == [8, 16, 24, 32] and apart(generator(one), generator(home/how)) < 8e-4
     start_weights = load_file(home/'teacher/unet/diffusion_pytorch_model.safetensors')
     assert apart(generator(one), start_weights) > 1e-4 or apart(saved['generator'], {f'net.{k}': v for k, v in start_weights.items()}) > 1e-4
 
 @pytest.fixture(scope='module')
 def chain(home): # another kind of teacher, another loss, several steps: one step of the chain per iteration, the same everywhere
-    tiny_sd3(home/'flow'); how = '--teacher flow --steps 3 --nimg 24 --weight 1-t --law logit-normal --fake-weight velocity --method sim --distance huber:0.1 --n-eval 0'.split()
+    tiny_sd3(home/'flow'); how = '--teacher flow --student-steps 3 --max-train-images 24 --loss-weight 1-t --timestep-sampling logit-normal --fake-loss-weight velocity --method sim --distance huber:0.1 --n-eval 0'.split()
     run(home, 1, '--out', 'chain', *how)
     return how
 
 @pytest.mark.parametrize('how', ['copies', 'slices'])
 def test_a_flow_with_several_steps(home, chain, how):
-    run(home, 2, '--out', f'chain-{how}', *chain, *(['--shard'] if how == 'slices' else []))
+    run(home, 2, '--out', f'chain-{how}', *chain, *(['--fsdp'] if how == 'slices' else []))
     a, b = lines(home/'chain'), lines(home/f'chain-{how}')
     assert len(a) == 3 and all(x[k] == pytest.approx(y[k], rel=2e-3, abs=1e-6) for x, y in zip(a, b) for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'))
     new, old = (load_file(home/f/'transformer/diffusion_pytorch_model.safetensors') for f in (f'chain-{how}/generator', 'flow'))
@@ -67,17 +67,17 @@ def test_a_flow_with_several_steps(home, chain, how):
 @pytest.mark.parametrize('how', ['copies', 'slices'])
 def test_fp16_on_two_processes(home, how):
     "The loss scalers of two processes and of one settle alike; norms agree to fp16's rounding"
-    flags = ['--precision', 'fp16', '--nimg', '16', '--n-eval', '0']
+    flags = ['--mixed-precision', 'fp16', '--max-train-images', '16', '--n-eval', '0']
     if not (home/'half').exists(): run(home, 1, '--out', 'half', *flags)
-    run(home, 2, '--out', f'half-{how}', *flags, *(['--shard'] if how == 'slices' else []))
+    run(home, 2, '--out', f'half-{how}', *flags, *(['--fsdp'] if how == 'slices' else []))
     a, b = lines(home/'half'), lines(home/f'half-{how}')
     assert [r['nimg'] for r in b] == [8, 16]
     for k in ('skipped', 'skipped_fake', 'scale_fake', 'scale_generator'): assert [r[k] for r in a] == [r[k] for r in b], k
     for k in ('norm', 'norm_fake'): assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=.03), k
 
 def test_slices_resume_exactly(home):
-    run(home, 2, '--out', 'long', '--nimg', '32', '--shard'); run(home, 2, '--out', 'short', '--nimg', '16', '--shard')
-    run(home, 2, '--resume', 'short', '--nimg', '32', '--shard')
+    run(home, 2, '--out', 'long', '--max-train-images', '32', '--fsdp'); run(home, 2, '--out', 'short', '--max-train-images', '16', '--fsdp')
+    run(home, 2, '--resume', 'short', '--max-train-images', '32', '--fsdp')
     a, b = generator(home/'long'), generator(home/'short')
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -87,7 +87,7 @@ def children(pid):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 def test_a_signal_to_one_stops_both(home):
-    p = start(home, 2, '--out', 'told', '--nimg', '80000')
+    p = start(home, 2, '--out', 'told', '--max-train-images', '80000')
     while p.poll() is None and not checkpoints(home/'told/checkpoints'): time.sleep(.05)
     os.kill(children(p.pid)[-1], signal.SIGTERM)                                             # the second process only
     out, err = p.communicate(timeout=120)
@@ -96,7 +96,7 @@ def test_a_signal_to_one_stops_both(home):
     assert int(checkpoints(home/'told/checkpoints')[0].name) == nimg < 80000 and (home/'told/generator/model_index.json').exists()
 
 def test_a_batch_that_cannot_be_shared(home):
-    out, err = (p := start(home, 2, '--out', 'odd', '--batch', '7')).communicate()
+    out, err = (p := start(home, 2, '--out', 'odd', '--total-batch-size', '7')).communicate()
     assert p.returncode != 0 and err.count('does not divide among 2 processes') == 1 and not (home/'odd').exists()
 
 ONE_OVERFLOWS = """

@@ -16,7 +16,7 @@ from sid_lsg_nb.testing import tiny_sdxl
 from sid_lsg_nb.training.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
-SHORT = '--nimg 16 --batch 8 --micro 8 --rounds 1 --n-eval 0 --teacher-steps 1 --device cpu'.split()
+SHORT = '--max-train-images 16 --total-batch-size 8 --micro-batch 8 --gradient-accumulation-steps 1 --n-eval 0 --teacher-steps 1 --device cpu'.split()
 KINDS = [Config, *(k for k in vars(options).values() if dataclasses.is_dataclass(k))]
 OWN = {'--' + f.name.replace('_', '-') for kind in KINDS for f in dataclasses.fields(kind)}
 OTHERS = set('--help --version --nproc-per-node --arch --seeds --flags --folder --pieces'.split())      # of launchers, scripts and published code
@@ -94,7 +94,7 @@ def place(tmp_path_factory):
 
 def short(words):
     "What makes a line's work small"
-    if '--resume' in words: return ['--nimg', '24', '--device', 'cpu']
+    if '--resume' in words: return ['--max-train-images', '24', '--device', 'cpu']
     return dict(distill=SHORT, sample=['--device', 'cpu'], evaluate='--n 8 --batch 8 --device cpu'.split(), compare='--n 2 --device cpu'.split()).get(words[0], [])
 
 def left(words):
@@ -123,7 +123,7 @@ def test_a_line_of_readme_runs(place, words, capsys):
     else: assert capsys.readouterr().out and set(place.glob('runs/*')) == runs
 
 def test_real_pictures_need_no_other_setting(place):
-    words, = [w for w in README if '--real' in w]
+    words, = [w for w in README if '--real-images' in w]
     assert main([*words, '--dry-run']) == 0                                               # at the length that README's line has
 
 def test_lines_of_the_chapters_are_understood(place):

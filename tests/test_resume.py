@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-FLAGS = '--nimg 72 --batch 4 --log-every 8 --sample-every 72 --checkpoint-every 4 --n-eval 0 --teacher-steps 2 --device cpu'.split()
+FLAGS = '--max-train-images 72 --total-batch-size 4 --log-every 8 --sample-every 72 --checkpoint-every 4 --n-eval 0 --teacher-steps 2 --device cpu'.split()
 
 def start(folder, *flags):
     "The command line in a process of its own"

@@ -7,7 +7,7 @@ from sid_lsg_nb.training.trainer import Config, restore, setup, state_of
 def test_the_settled_scale_is_kept(tmp_path):
     "Saved to disk and loaded into a job that has just begun: the scale and the count of good steps since it last changed, of each network its own"
     tiny_pipeline(tmp_path/'teacher'); (tmp_path/'p.txt').write_text('a red cat\na blue dog\n')
-    config = Config(teacher=str(tmp_path/'teacher'), prompts=str(tmp_path/'p.txt'), precision='fp16', device='cpu', batch=2)
+    config = Config(teacher=str(tmp_path/'teacher'), prompts=str(tmp_path/'p.txt'), mixed_precision='fp16', device='cpu', total_batch_size=2)
     old, new = setup(config), setup(config)
     settled = dict(fake=(32., 7), generator=(1024., 1999))
     for k, (scale, good) in settled.items(): old.learners[k].scaler.load_state_dict(old.learners[k].scaler.state_dict() | dict(scale=scale, _growth_tracker=good))

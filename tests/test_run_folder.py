@@ -23,7 +23,7 @@ def home(tmp_path_factory):
     return folder
 
 def config(home, **more):
-    return replace(Config(teacher=str(home/'teacher'), prompts=str(home/'words.txt'), nimg=24, batch=4, log_every=8, sample_every=0,
+    return replace(Config(teacher=str(home/'teacher'), prompts=str(home/'words.txt'), max_train_images=24, total_batch_size=4, log_every=8, sample_every=0,
                           checkpoint_every=8, n_eval=0, teacher_steps=2, device='cpu'), **more)
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_torn_file_costs_nothing(home, run, name, capsys):
     train(config(home, resume=str(run)))
     assert same(run, home/'whole') and rows(run) == rows(home/'whole')
     assert name == 'prompts.json' or name in capsys.readouterr().out
-    assert json.loads((run/'prompts.json').read_text())['sha256'] and json.loads((run/'config.json').read_text())['nimg'] == 24
+    assert json.loads((run/'prompts.json').read_text())['sha256'] and json.loads((run/'config.json').read_text())['max_train_images'] == 24
 
 def test_the_checkpoints_alone_are_enough(home, run):
     for p in run.iterdir(): p.name == 'checkpoints' or (shutil.rmtree(p) if p.is_dir() else p.unlink())
@@ -70,7 +70,7 @@ def test_a_full_disk_and_then_room(home, tmp_path, monkeypatch, what):
     with pytest.raises(RunError, match='free some space'): train(config(home, out=str(tmp_path/'run')))
     monkeypatch.undo()
     assert all(json.loads(l) for l in (tmp_path/'run/log.jsonl').read_text().splitlines())
-    train(config(home, out=str(tmp_path/'run'), resume='auto'))
+    train(config(home, out=str(tmp_path/'run'), resume='latest'))
     assert same(tmp_path/'run', home/'whole') and rows(tmp_path/'run') == rows(home/'whole')
 
 def hit(monkeypatch, where, name, *signals):
@@ -115,10 +115,10 @@ def test_a_sheet_that_cannot_be_drawn_does_not_cost_the_run(home, tmp_path, monk
     assert 'a sheet failed (ZeroDivisionError' in capsys.readouterr().out and same(tmp_path/'run', home/'whole')
 
 def test_the_same_command_again(home, tmp_path, monkeypatch, capsys):
-    again = config(home, out=str(tmp_path/'run'), resume='auto'); folder = train(again); capsys.readouterr()
+    again = config(home, out=str(tmp_path/'run'), resume='latest'); folder = train(again); capsys.readouterr()
     with monkeypatch.context() as m: m.setattr(trainer, 'open_teacher', broken); assert train(again) == folder      # at once: nothing is opened
     assert 'is finished' in capsys.readouterr().out
-    train(replace(again, nimg=32)); assert rows(folder)[-1]['nimg'] == 32
+    train(replace(again, max_train_images=32)); assert rows(folder)[-1]['nimg'] == 32
     for name in ('checkpoints', 'generator'): shutil.rmtree(folder/name)
     (folder/'closing.json').unlink(); train(again); assert same(folder, home/'whole')                              # no checkpoint was reached
 

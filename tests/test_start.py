@@ -22,10 +22,10 @@ QUICK = { # words: exit status, and what the answer says
     '--version': (0, 'sid-lsg '), '--help': (0, 'distill'), 'status': (0, 'nothing logged yet'), 'status nowhere': (2, 'no run folder'),
     **{f'{c} --help': (0, '--help') for c in 'distill sample status evaluate compare export import bench'.split()},
     'distill --preset sd21-lsg-2 --help': (0, 'sd21-lsg-2'), 'distill --teacher sdxl --help': (0, 'sdxl-sim'), 'distill --resume runs/embedded-1 --help': (0, '8800'),
-    '': (2, ''), 'distil': (2, 'distil'), 'distill --kapa 2': (2, '--kapa'), 'distill --nimg many': (2, 'many'), 'distill --method dmd': (2, 'dmd'),
+    '': (2, ''), 'distil': (2, 'distil'), 'distill --kapa 2': (2, '--kapa'), 'distill --max-train-images many': (2, 'many'), 'distill --method dmd': (2, 'dmd'),
     'distill --preset sd99': (2, 'sd99'), 'distill --resume nowhere': (2, 'no run folder'), 'distill --teacher owner/name --nimgs 5': (2, '--nimgs'),
-    'distill --nimg 3': (2, 'larger nimg'), 'distill --kappa -1': (2, 'kappa'), 'distill --real nowhere': (2, 'does not exist'), 'distill --lr 0': (2, 'positive'),
-    'sample': (2, ''), 'evaluate x --n many': (2, 'many'), 'export x --to film': (2, 'film'), 'import x': (2, '--out'), 'bench --bits 7': (2, '7'),
+    'distill --max-train-images 3': (2, 'larger max_train_images'), 'distill --kappa -1': (2, 'kappa'), 'distill --real-images nowhere': (2, 'does not exist'), 'distill --lr 0': (2, 'positive'),
+    'sample': (2, ''), 'evaluate x --n many': (2, 'many'), 'export x --to film': (2, 'film'), 'import x': (2, '--out'), 'bench --lora all': (2, 'all'),
     'compare a b --n many': (2, 'many'),
 }
 

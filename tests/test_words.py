@@ -24,6 +24,6 @@ def test_the_bar_of_the_trainer_names_it(tmp_path, monkeypatch):
     class Bar(trainer.tqdm):
         def set_postfix(self, *args, **kw): seen.append(args[0]); super().set_postfix(*args, **kw)
     monkeypatch.setattr(trainer, 'tqdm', Bar)
-    sizes = dict(nimg=8, batch=4, log_every=4, sample_every=8, checkpoint_every=8, n_eval=4, teacher_steps=2)
+    sizes = dict(max_train_images=8, total_batch_size=4, log_every=4, sample_every=8, checkpoint_every=8, n_eval=4, teacher_steps=2)
     trainer.train(Config(out=str(tmp_path/'run'), device='cpu', **sizes))
     assert seen and all(list(row)[:3] == ['loss', DISAGREEMENT, 'norm'] for row in seen)

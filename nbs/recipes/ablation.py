@@ -36,14 +36,16 @@ class Setting:
 
 def lsg(kappa, **more): return Setting(dict(guidance='lsg', kappa=kappa), **more)
 BASE = 'LSG 1.25'                               # the preset: a row in every question
+FORMATS = {'fp32': {}, 'bf16': dict(mixed_precision='bf16'), 'pure-bf16': dict(weight_dtype='bf16'),
+           'pure-fp16': dict(weight_dtype='fp16')}
 SETTINGS = {
     BASE: lsg(1.25, draws=(1, 2, 4)), 'no CFG': lsg(1.), 'LSG 1.5': lsg(1.5), 'LSG 2': lsg(2.), 'LSG 3': lsg(3.), 'LSG 4.5': lsg(4.5),
     **{f'long {k:g}': Setting(dict(guidance='long', kappa=k)) for k in (1.5, 2., 3.)}, **{f'short {k:g}': Setting(dict(guidance='short', kappa=k)) for k in (.8, .5)},
     'undistilled': Setting(part=0., draws=(1, 2, 4)), **{f'teacher, CFG {k:g}': Setting(part=0., teacher=k) for k in (1., 1.5, 3.)},
     **{name: lsg(1.25, captions=name) for name in ('64 captions', '20 concepts', 'one background')},
     **{f'trained for {k} steps': lsg(1.25, steps=k, draws=(1, 2, 4)) for k in (2, 4)},
-    **{name: Setting(dict(precision=name)) for name in ('bf16', 'pure-bf16')},
-    **{f'{name}, a quarter': Setting(dict(precision=name), part=.25) for name in ('fp32', 'bf16', 'pure-bf16', 'pure-fp16')},
+    **{name: Setting(FORMATS[name]) for name in ('bf16', 'pure-bf16')},
+    **{f'{name}, a quarter': Setting(FORMATS[name], part=.25) for name in FORMATS},
     **{f'{name}, longer': Setting(dict(guidance=g, kappa=k), part=4.) for name, g, k in (('no CFG', 'lsg', 1.), (BASE, 'lsg', 1.25), ('LSG 2', 'lsg', 2.), ('long 2', 'long', 2.))}}
 QUESTIONS = dict(
     kappa=['no CFG', 'short 0.8', 'short 0.5', 'long 1.5', 'long 2', 'long 3', BASE, 'LSG 1.5', 'LSG 2', 'LSG 3', 'LSG 4.5'],
@@ -66,8 +68,8 @@ def prepare(setting:Setting, seed:int, nimg:int, n:int, batch:int): # the traine
     "A run of the trainer, ready to iterate"
     with tempfile.TemporaryDirectory() as tmp:
         (file := Path(tmp)/'captions.txt').write_text('\n'.join(captions(setting.captions, n, seed)) + '\n')
-        job = setup(Config(**dict(prompts=str(file), seed=seed, nimg=max(nimg, batch), batch=batch, device='cpu') | setting.options))
-    job.game.recipe = replace(job.game.recipe, steps=setting.steps)
+        job = setup(Config(**dict(prompts=str(file), seed=seed, max_train_images=max(nimg, batch), total_batch_size=batch, device='cpu') | setting.options))
+    job.game.recipe = replace(job.game.recipe, student_steps=setting.steps)
     return job
 
 def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:TinyClip)->dict: # training_seconds: wall, processor

@@ -21,8 +21,8 @@ from sid_lsg_nb.method.losses import fake_loss
 from sid_lsg_nb.method.schedule import DiscreteSchedule
 
 IMAGES = Path(__file__).parent.parent/'images'
-MEMBERS = {'SiD 0.5': Recipe(alpha=.5), 'SiD 1': Recipe(), 'SiD 1.2': Recipe(alpha=1.2), 'SiD 1, no weight': Recipe(weight='none'), 'DI': Recipe(method='di'),
-           'SIM, c0 = 0.03': Recipe(method='sim', distance='huber:0.03', weight='none'), 'SIM, c0 = 0.3': Recipe(method='sim', distance='huber:0.3', weight='none')}
+MEMBERS = {'SiD 0.5': Recipe(alpha=.5), 'SiD 1': Recipe(), 'SiD 1.2': Recipe(alpha=1.2), 'SiD 1, no weight': Recipe(loss_weight='none'), 'DI': Recipe(method='di'),
+           'SIM, c0 = 0.03': Recipe(method='sim', distance='huber:0.03', loss_weight='none'), 'SIM, c0 = 0.3': Recipe(method='sim', distance='huber:0.3', loss_weight='none')}
 EDGE_MEMBERS, EDGE_LR, EDGE_SEEDS = MEMBERS | {'SIM, c0 = 0.3, weighted': Recipe(method='sim', distance='huber:0.3')}, 1e-2, range(10, 50)
 LRS, SEEDS, ITERS, BATCH = [3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 1.7e-2, 3e-2], 10, 2000, 128
 betas = torch.linspace(.00085**.5, .012**.5, 1000, dtype=torch.float64)**2

@@ -31,8 +31,8 @@ from ..training.trainer import Job, iterate, setup
 # %% ../../nbs/7_commands/03_bench.ipynb #bddc0078
 def config_of(b:Bench)->Config:
     "The training settings that a benchmark times"
-    same = {k: v for k, v in asdict(b).items() if k not in ('micro', 'repeat', 'memory', 'out', 'teacher')}
-    return Config(**same, teacher='embedded' if b.teacher.startswith('random-') else b.teacher, prompts='' if is_edm(b.teacher) else str(EMBEDDED/'prompts.txt'), batch=b.micro, nimg=b.micro, vae_rests='cpu')
+    same = {k: v for k, v in asdict(b).items() if k not in ('micro_batch', 'repeat', 'memory', 'out', 'teacher')}
+    return Config(**same, teacher='embedded' if b.teacher.startswith('random-') else b.teacher, prompts='' if is_edm(b.teacher) else str(EMBEDDED/'prompts.txt'), total_batch_size=b.micro_batch, max_train_images=b.micro_batch)
 
 # %% ../../nbs/7_commands/03_bench.ipynb #bd9ecca9
 def random_teacher(name:str, device)->Teacher:
@@ -60,7 +60,7 @@ def bare(d:Denoiser):
     return call
 def floor_calls(job:Job)->dict: # name: a function that does the calls
     "The network calls of one iteration, alone"
-    game, prompts, guided = job.game, PromptStream(job.prompts, 1).take(job.config.batch), job.game.recipe.kappa != Kappa()
+    game, prompts, guided = job.game, PromptStream(job.prompts, 1).take(job.config.total_batch_size), job.game.recipe.kappa != Kappa()
     n = draw((len(prompts), *job.teacher.latent_shape), job.teacher.schedule, game.recipe, job.dice, fake=False); cond = job.teacher.text(prompts)
     twice = (torch.cat([n.z]*2), torch.cat([n.t]*2), cond_cat(cond_expand(game.null, len(prompts)), cond)) if guided else (n.z, n.t, cond)
     G, F, T = (bare(d) for d in (game.generator.net, game.fake.net, game.teacher))
@@ -98,15 +98,15 @@ def measure(b:Bench, teacher:Teacher|None=None)->dict: # settings, machine, rati
     for _ in tqdm(range(b.repeat), unit='turn'): turns.append((clock(lambda: next(it), team.device), {k: clock(f, team.device) for k, f in calls.items()}))
     whole, floors = [w for w, _ in turns], [sum(p.values()) for _, p in turns]
     return dict(settings={k: v for k, v in asdict(b).items() if k != 'out'}, machine=machine(team.device), ratio=round(statistics.median(w/f for w, f in zip(whole, floors)), 4), seconds=round(statistics.median(whole), 5), floor=round(statistics.median(floors), 5),
-        parts={k: round(statistics.median(p[k] for _, p in turns), 5) for k in calls}, img_per_s=round(b.micro/statistics.median(whole), 3), peak_gib=peak and round(peak, 3))
+        parts={k: round(statistics.median(p[k] for _, p in turns), 5) for k in calls}, img_per_s=round(b.micro_batch/statistics.median(whole), 3), peak_gib=peak and round(peak, 3))
 
 # %% ../../nbs/7_commands/03_bench.ipynb #82b54ae1
 def bench(b:Bench)->dict|None: # None: only the memory table was wanted
     "Print and keep a measurement; raises `InputError` for input that cannot work"
-    if b.micro < 1 or b.repeat < 1: raise InputError(f'micro {b.micro} and repeat {b.repeat} must be at least 1')
+    if b.micro_batch < 1 or b.repeat < 1: raise InputError(f'micro_batch {b.micro_batch} and repeat {b.repeat} must be at least 1')
     shapes = SHAPES.get(b.teacher.removeprefix('random-')) or shapes_of(b.teacher)
-    if shapes: print_budget('memory, counted from shapes (workspaces come on top):', counted := budget(meta_unet(shapes[0]), *shapes[1:], micro=b.micro, precision=b.precision, guided=b.kappa != 1,
-        sequential=b.sequential or b.lora != 'none', checkpointing=b.checkpointing, lora=b.lora, rank=b.rank, ema_device=b.ema_device, bits=b.bits))
+    if shapes: print_budget('memory, counted from shapes (workspaces come on top):', counted := budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=b.micro_batch, precision=config_of(b).precision, guided=b.kappa != 1,
+        sequential_gradient=b.sequential_gradient or b.lora != 'none', gradient_checkpointing=b.gradient_checkpointing, lora=b.lora, lora_rank=b.lora_rank, offload=b.offload, use_8bit_adam=b.use_8bit_adam))
     if b.memory: return None
     found = measure(b) | (dict(counted_gib=round(sum(counted.values())/2**30, 3)) if shapes else {})
     print(f'\n{found["machine"]["device"]}, {found["machine"]["cpu"]}: iteration {found["seconds"]:.4g} s = {found["ratio"]:.3f} x floor ({found["floor"]:.4g} s), {found["img_per_s"]:.4g} images/s'

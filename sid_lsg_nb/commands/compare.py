@@ -63,7 +63,7 @@ def facts(s:Subject)->dict[str, str]:
     c, seen = s.config, f'{s.log[-1]["nimg"]:,}' if s.log else 'unknown'
     if c is None: return {'settings': 'unknown, this is no run folder'}
     lr = f'{c.lr:g}' + (f', fake {c.lr_fake:g}' if c.lr_fake != c.lr else '')
-    return {'guidance': label(c), 'images seen': f'{seen} of {c.nimg:,}', 'lr': lr, 'precision': f'{c.precision}' + (f', LoRA {c.lora}' if c.lora != 'none' else ''), 'batch': f'{c.batch}', 'teacher': origin(c.teacher)[0], 'seed': f'{c.seed}'}
+    return {'guidance': label(c), 'images seen': f'{seen} of {c.max_train_images:,}', 'lr': lr, 'precision': f'{c.precision}' + (f', LoRA {c.lora}' if c.lora != 'none' else ''), 'batch': f'{c.total_batch_size}', 'teacher': origin(c.teacher)[0], 'seed': f'{c.seed}'}
 def open_run(run:Path)->Subject:
     "A run folder; raises `InputError` for one that cannot be read or has no generator yet"
     try: config = saved_config(run); facts(s := Subject('student', str(run/'generator'), run.resolve().name, run, config, read_log(run/'log.jsonl')))

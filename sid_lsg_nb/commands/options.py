@@ -97,19 +97,20 @@ class Import:
 class Bench:
     "Time one iteration against its network calls alone, and count its memory"
     teacher: str = 'embedded'      # "embedded", a folder, or random-sd15 / random-sd21-base: random weights of the published size
-    micro: int = 4                 # images at once; one micro-batch is one iteration here
+    micro_batch: int = 4           # images at once; one micro-batch is one iteration here
     repeat: int = 5                # iterations timed, each beside its floor
     memory: bool = False           # only print the memory table, counted from shapes
     out: str = ''                  # JSON file to write, e.g. benchmarks/NAME.json; default: only print
     device: str = 'auto'           # auto, cpu, cuda, mps
     kappa: float = 1.5             # guidance; 1 halves the work of teacher and fake
-    precision: Literal['fp32', 'bf16', 'fp16', 'pure-bf16', 'pure-fp16'] = 'fp32' # as for distill
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no' # as for distill
+    weight_dtype: Literal['fp32', 'bf16', 'fp16'] = 'fp32' # as for distill
     tf32: bool = False             # as for distill, and so are the following
-    sequential: bool = False
-    checkpointing: bool = False
+    sequential_gradient: bool = False
+    gradient_checkpointing: bool = False
     lora: Literal['none', 'fake', 'generator', 'both'] = 'none'
-    rank: int = 64
-    bits: Literal[32, 8] = 32
-    ema_device: Literal['', 'cpu'] = ''
+    lora_rank: int = 64
+    use_8bit_adam: bool = False
+    offload: tuple[Literal['vae', 'ema'], ...] = ('vae',)
     compile: bool = False
     channels_last: bool = False

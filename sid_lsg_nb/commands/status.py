@@ -20,13 +20,13 @@ def status(folder)->str:
     kept = [int(p.name) for p in checkpoints(folder/'checkpoints')]
     out = [f'{folder}: {label(config)}, teacher {config.teacher}, preset {config.preset}']
     if rows:
-        last, speed = rows[-1], statistics.median(r.get('img_per_s', 0.) for r in rows[-20:]); left = max(0, config.nimg - last['nimg'])
-        out += [f'  {last["nimg"]:,} of {config.nimg:,} images ({last["nimg"]/config.nimg:.1%}), {speed:.4g} images/s, {left/max(speed, 1e-9)/3600:.2g} h left, last line {(time.time() - file.stat().st_mtime)/60:.0f} min ago',
+        last, speed = rows[-1], statistics.median(r.get('img_per_s', 0.) for r in rows[-20:]); left = max(0, config.max_train_images - last['nimg'])
+        out += [f'  {last["nimg"]:,} of {config.max_train_images:,} images ({last["nimg"]/config.max_train_images:.1%}), {speed:.4g} images/s, {left/max(speed, 1e-9)/3600:.2g} h left, last line {(time.time() - file.stat().st_mtime)/60:.0f} min ago',
                 '  last line: ' + f'{DISAGREEMENT} (fisher) {last["fisher"]:.4g}, ' + ', '.join(f'{k} {last[k]:.4g}' for k in ('loss', 'norm', 'loss_fake', 'norm_fake'))]
         bad = {k: sum(r.get(k, 0) for r in rows) for k in ('skipped', 'skipped_fake', 'dropped', 'dropped_fake')}
         out += ['  accidents: ' + (', '.join(f'{k} {v}' for k, v in bad.items() if v) or 'none') + f'; alarms: {sum("alarm" in r for r in rows)}']
     else: out += ['  nothing logged yet']
     if torn: out += [f'  log.jsonl: {torn} torn line(s) left out; the next resume removes them']
     out += ['  checkpoints at ' + (', '.join(f'{k:,}' for k in kept) if kept else '(none)') + (f'; generator/ is saved, try: sid-lsg sample {folder} "a prompt"' if (folder/'generator').exists() else '')]
-    if rows and rows[-1]['nimg'] < config.nimg: out += [f'  if it is not running: sid-lsg distill --resume {folder}']
+    if rows and rows[-1]['nimg'] < config.max_train_images: out += [f'  if it is not running: sid-lsg distill --resume {folder}']
     return '\n'.join(out)

@@ -69,15 +69,15 @@ def drop_prompts(
 def text_batches(
     stream:PromptStream, text,
     batch:int, # prompts per step, of all processes together
-    micro:int|None=None, # at most so many at once; None: all
-    p_drop:float=0., # how often the fake's prompt is dropped
+    micro_batch:int|None=None, # at most so many at once; None: all
+    proportion_empty_prompts:float=0., # how often the fake's prompt is dropped
     generator:torch.Generator|None=None, # draws the drops
     shard:tuple=(0, 1), # this process, of so many: it takes its share of each batch
 )->Iterator[tuple[list[Cond], list[Cond]]]: # micro-batches for the fake, and for the generator
     "Endless conditionings for `distill`, each text encoded once"
-    size = batch//shard[1]; first, micro = shard[0]*size, micro or size
-    encode = lambda prompts: [text(prompts[i:i + micro]) for i in range(0, size, micro)]
+    size = batch//shard[1]; first, micro_batch = shard[0]*size, micro_batch or size
+    encode = lambda prompts: [text(prompts[i:i + micro_batch]) for i in range(0, size, micro_batch)]
     take = lambda: stream.take(batch, slice(first, first + size))
     while True:
-        for_fake = drop_prompts(take(), p_drop, generator, first, batch)
+        for_fake = drop_prompts(take(), proportion_empty_prompts, generator, first, batch)
         yield encode(for_fake), encode(take())

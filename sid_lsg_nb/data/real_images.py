@@ -39,7 +39,7 @@ def encode_folder(
 def real_batches(
     latents:Tensor, # [N,C,H,W]
     batch:int, # of all processes together
-    micro:int, # at most so many at once
+    micro_batch:int, # at most so many at once
     seed:int=0,
     position:int=0, # pictures taken before, by all processes
     shard:tuple=(0, 1), # this process, of so many
@@ -50,4 +50,4 @@ def real_batches(
     stream, size = PromptStream(range(len(latents)), seed, position), batch//shard[1]
     while True:
         mine = stream.take(batch, slice(shard[0]*size, (shard[0] + 1)*size))
-        for i in range(0, size, micro): yield to_device(latents[mine[i:i + micro]], device), None
+        for i in range(0, size, micro_batch): yield to_device(latents[mine[i:i + micro_batch]], device), None

@@ -155,9 +155,9 @@ def model_card(
     "README.md of a student, from its run's own files"
     prompt = prompt or ('a 3d fox on a white background' if config['teacher'] == 'embedded' else 'a photo of a cat')
     license, (teacher, hub_id) = license or inherited_license(config['teacher']), origin(config['teacher'])
-    public = {k: origin(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v for k, v in config.items() if v not in (None, '') and k not in ('out', 'resume', 'device', 'dry_run')}
+    public = {k: origin(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v for k, v in config.items() if v not in (None, '', [], ()) and k not in ('out', 'resume', 'device', 'dry_run')}
     rows = [dict(setting=k, value=f'`{v}`') for k, v in public.items()]
-    seen = f'Images seen: {log_rows[-1]["nimg"]:,} of {config["nimg"]:,}' if log_rows else 'No log was kept'
+    seen = f'Images seen: {log_rows[-1]["nimg"]:,} of {config["max_train_images"]:,}' if log_rows else 'No log was kept'
     last = ', '.join(f'{DISAGREEMENT + " (fisher)" if k == "fisher" else k} {v:.4g}' for k, v in log_rows[-1].items() if k in ('fisher', 'loss', 'loss_fake', 'img_per_s') and isinstance(v, (int, float))) if log_rows else ''
     link = f'[{hub_id}](https://huggingface.co/{hub_id})' if hub_id else teacher
     terms = ' (see there)' if license.get('license_name') == 'see-base-model' else ': ' + ', '.join(f'`{v}`' for v in license.values())

@@ -85,5 +85,5 @@ class Adversary:
         "The generator's reward, from what the fake said about its pictures; `o`: what `judge` says"
         s = game.teacher.schedule; said = softplus(-logits(heard[-1], len(o.ok)).clamp(-10, 10)).mean(1)
         bce = torch.where(o.ok, said, 0).sum()/o.ok.sum().clamp(min=1)
-        omega = WEIGHTS[game.recipe.weight](o.x_g.detach(), o.y_real.detach(), s.alpha(noise.t), s.sigma(noise.t))
+        omega = WEIGHTS[game.recipe.loss_weight](o.x_g.detach(), o.y_real.detach(), s.alpha(noise.t), s.sigma(noise.t))
         return self.share*self.push*o.x_g[0].numel()*bce*torch.where(o.ok, omega, 0)

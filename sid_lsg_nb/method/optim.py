@@ -40,11 +40,11 @@ def make_adam(
     lr:float=1e-6, # SiD-LSG's value for Stable Diffusion; tiny networks want 1e-4 to 1e-3
     eps:float=1e-8, # 1e-8 for fp32 weights, 1e-6 for fp16 ones (SiD-LSG's code)
     betas:tuple=(0., 0.999), # momentum off: the target moves
-    bits:int=32, # 8: the second moment in 8 bits per number, through bitsandbytes
+    use_8bit_adam:bool=False, # the second moment in 8 bits per number, through bitsandbytes
 )->torch.optim.Optimizer:
     "Adam as SiD uses it: no momentum, constant lr, no decay (2404.04057, 2406.01561); raises `InputError` if bitsandbytes is wanted and missing"
     betas = tuple(map(float, betas))
-    if bits == 32: return LeanAdam(params, lr=lr, eps=eps, beta2=betas[1]) if betas[0] == 0 else torch.optim.Adam(params, lr=lr, eps=eps, betas=betas, fused=True)
+    if not use_8bit_adam: return LeanAdam(params, lr=lr, eps=eps, beta2=betas[1]) if betas[0] == 0 else torch.optim.Adam(params, lr=lr, eps=eps, betas=betas, fused=True)
     try: from bitsandbytes.optim import Adam8bit
     except ImportError as e: raise InputError('8-bit optimiser states need bitsandbytes; pip install bitsandbytes, or leave the option away') from e
     return Adam8bit(params, lr=lr, eps=eps, betas=betas)

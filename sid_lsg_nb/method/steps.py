@@ -29,28 +29,28 @@ class Recipe:
     "What is minimised, and where in time (published values: MATHS of SiD-LSG, `sid_train.py`)"
     kappa:Kappa = Kappa.lsg(1.5) # the four guidance scales
     alpha:float = 1.             # SiD's coefficient: 1 is SIM with squared L2, 0.5 the exact Fisher gradient
-    weight:str = 'l1'            # per-sample weight of the generator's loss, a key of `WEIGHTS`
+    loss_weight:str = 'l1'       # per-sample weight of the generator's loss, a key of `WEIGHTS`
     t_min:float = 20             # x_t is drawn at t in [t_min, t_max): whole numbers for a table, parts of 1 for a flow
     t_max:float = 980
     t_init:float = 625           # the generator's own time, where sigma/alpha is about 2.5
     method:str = 'sid'           # member of the family: one of `METHODS`
     distance:str|Distance = 'huber' # of sim: l2, huber:C0, huber-abs:C, p:P, or an object
     space:str = 'x0'             # where sim measures it: x0 or score
-    law:str = 'uniform'          # of t, for the generator: uniform, karras, edm, logit-normal, with numbers if wanted (`edm:-0.4,1`)
-    law_fake:str|None = None     # of t, for the fake; None: the same
-    fake_weight:str = 'snr'      # of the fake's loss: none, or of `LEVEL_WEIGHTS`; snr is the error of eps
-    steps:int = 1                # of the generator: from t_init linearly down, each trained in turn
+    timestep_sampling:str = 'uniform' # how t is drawn, for the generator: uniform, karras, edm, logit-normal, with numbers if wanted (`edm:-0.4,1`)
+    timestep_sampling_fake:str|None = None # for the fake; None: the same
+    fake_loss_weight:str = 'snr' # of the fake's loss: none, or of `LEVEL_WEIGHTS`; snr is the error of eps
+    student_steps:int = 1        # of the generator: from t_init linearly down, each trained in turn
     renoise:str = 'fresh'        # noise between its steps: fresh, or fixed (the start noise again)
     def __post_init__(self):
         if self.method not in METHODS: raise InputError(f'method {self.method!r} is not known; use one of {", ".join(METHODS)}')
         if self.space not in ('x0', 'score'): raise InputError(f'space {self.space!r} is not known; use x0 or score')
-        distance_of(self.distance), law_of(self.law), law_of(self.law_fake or self.law), level_weight(self.fake_weight, torch.ones(1), torch.ones(1))
-        if self.weight not in WEIGHTS: raise InputError(f'weight {self.weight!r} is not known; use one of {", ".join(WEIGHTS)}')
+        distance_of(self.distance), law_of(self.timestep_sampling), law_of(self.timestep_sampling_fake or self.timestep_sampling), level_weight(self.fake_loss_weight, torch.ones(1), torch.ones(1))
+        if self.loss_weight not in WEIGHTS: raise InputError(f'loss_weight {self.loss_weight!r} is not known; use one of {", ".join(WEIGHTS)}')
         if not 0 <= self.t_min < self.t_max: raise InputError(f't range [{self.t_min}, {self.t_max}) is empty or negative; the published one is [20, 980)')
         if not self.t_init > 0: raise InputError(f't_init {self.t_init} must be above 0; leave it out to have it derived from sigma/alpha = 2.5')
         if self.renoise not in ('fresh', 'fixed'): raise InputError(f'renoise {self.renoise!r} is not known; use fresh or fixed')
-        if not isinstance(self.steps, int): raise InputError(f'steps {self.steps!r} must be a whole number')
-        step_times(self.t_init, self.steps)
+        if not isinstance(self.student_steps, int): raise InputError(f'student_steps {self.student_steps!r} must be a whole number')
+        step_times(self.t_init, self.student_steps)
         if not math.isfinite(self.alpha): raise InputError(f'alpha {self.alpha} must be a finite number; the published one is 1')
 
 # %% ../../nbs/1_method/08_steps.ipynb #76931a7d
@@ -63,14 +63,14 @@ def draw(
     fake:bool|None=None, # is the step the fake's, or the generator's? None: does not matter, because both follow one law
 )->SimpleNamespace: # z, eps [B,C,H,W]; t [B]; for several steps also k and again [B,k,C,H,W], see `turn`
     "Start noise, time and noise of one step; raises `InputError` if nobody said whose, and it matters"
-    d, law = generator.device, recipe.law_fake if fake and recipe.law_fake else recipe.law
-    if fake is None and recipe.law_fake not in (None, recipe.law): raise InputError(f'the fake follows law {recipe.law_fake}, the generator {recipe.law}; say draw(..., fake=True) or fake=False')
+    d, law = generator.device, recipe.timestep_sampling_fake if fake and recipe.timestep_sampling_fake else recipe.timestep_sampling
+    if fake is None and recipe.timestep_sampling_fake not in (None, recipe.timestep_sampling): raise InputError(f'times of the fake follow {recipe.timestep_sampling_fake}, those of the generator {recipe.timestep_sampling}; say draw(..., fake=True) or fake=False')
     z, eps = (torch.randn(shape, generator=generator, device=d, dtype=dtype) for _ in range(2))
     noise = SimpleNamespace(z=z, eps=eps, t=schedule.sample_time(shape[0], recipe.t_min, recipe.t_max, generator=generator, device=d, law=law))
-    return noise if recipe.steps == 1 else turn(noise, recipe, generator)
+    return noise if recipe.student_steps == 1 else turn(noise, recipe, generator)
 def turn(noise:SimpleNamespace, recipe:Recipe, generator:torch.Generator)->SimpleNamespace: # the same, with k: which step is trained, 0 .. steps-1; again [B,k,C,H,W]: noise of the steps after the first, up to it
     "One step of the chain for the whole batch, uniformly; told by the dice's state, which a CPU knows without asking a GPU"
-    noise.k = int.from_bytes(hashlib.sha256(generator.get_state().cpu().numpy().tobytes()).digest()[:8], 'big') % recipe.steps
+    noise.k = int.from_bytes(hashlib.sha256(generator.get_state().cpu().numpy().tobytes()).digest()[:8], 'big') % recipe.student_steps
     B, *one = noise.z.shape; shape = (B, noise.k, *one)
     noise.again = noise.z[:, None].expand(shape) if recipe.renoise == 'fixed' else torch.randn(shape, generator=generator, device=noise.z.device, dtype=noise.z.dtype)
     return noise
@@ -83,7 +83,7 @@ def so_far(
 )->Tensor: # [B,C,H,W], without gradient
     "The chain before the step that is trained: nothing (zeros), or the picture of the step before it"
     if not (k := getattr(noise, 'k', 0)): return torch.zeros_like(noise.z)
-    with torch.no_grad(): return few_steps(generator, [noise.z, *noise.again.unbind(1)[:-1]], cond, step_times(recipe.t_init, recipe.steps)[:k])
+    with torch.no_grad(): return few_steps(generator, [noise.z, *noise.again.unbind(1)[:-1]], cond, step_times(recipe.t_init, recipe.student_steps)[:k])
 def last_step(
     generator, # `(x_t, t, cond) -> y`, with its schedule
     x:Tensor, # `so_far` [B,C,H,W]
@@ -91,7 +91,7 @@ def last_step(
 )->Tensor: # x_g [B,C,H,W]
     "The step that is trained: noise what is there to t_k, and ask"
     k = getattr(noise, 'k', 0); z = noise.again[:, -1] if k else noise.z
-    t = torch.full((len(z),), step_times(recipe.t_init, recipe.steps)[k], device=z.device)
+    t = torch.full((len(z),), step_times(recipe.t_init, recipe.student_steps)[k], device=z.device)
     return generator(generator.schedule.add_noise(x, z, t), t, cond)
 def picture(generator, cond:Cond, noise:SimpleNamespace, recipe:Recipe)->Tensor: # x_g [B,C,H,W]; gradient through the last step
     "What the generator makes of its noise: `one_step`, or k + 1 steps of its chain"
@@ -108,7 +108,7 @@ def fake_losses(
     with torch.no_grad(): x_g = picture(generator, cond, noise, recipe)
     x_t = fake.schedule.add_noise(x_g, noise.eps, noise.t)
     y_fake, = guided(fake, x_t, noise.t, cond, null, recipe.kappa.kappa1)
-    return fake_loss(y_fake, x_g, level_weight(recipe.fake_weight, fake.schedule.alpha(noise.t), fake.schedule.sigma(noise.t)).to(x_g.dtype))
+    return fake_loss(y_fake, x_g, level_weight(recipe.fake_loss_weight, fake.schedule.alpha(noise.t), fake.schedule.sigma(noise.t)).to(x_g.dtype))
 
 # %% ../../nbs/1_method/08_steps.ipynb #1157a8ff
 def verdict(
@@ -119,7 +119,7 @@ def verdict(
     "The recipe's weighted loss of judged pictures; raises `InputError` if it needs levels and has none (2406.01561, MATHS 3.5)"
     if recipe.method == 'sim' and recipe.space == 'score' and sigma_t is None: raise InputError('a distance between scores depends on the noise level; pass alpha_t and sigma_t [B]')
     unit = (alpha_t/sigma_t**2).to(x_g.dtype) if recipe.space == 'score' and sigma_t is not None else None
-    loss = WEIGHTS[recipe.weight](x_g, y_real, alpha_t, sigma_t)*family_loss(x_g, y_real, y_fake, y_fake3, recipe.method, recipe.alpha, recipe.distance, unit)
+    loss = WEIGHTS[recipe.loss_weight](x_g, y_real, alpha_t, sigma_t)*family_loss(x_g, y_real, y_fake, y_fake3, recipe.method, recipe.alpha, recipe.distance, unit)
     if recipe.method == 'di': loss = loss + 0*sample_sum(y_real + y_fake + y_fake3)             # the judges stay in the graph, with slope 0: all members can be taken apart alike
     ok = torch.stack([y.detach().isfinite().flatten(1).all(1) for y in (x_g, y_real, y_fake, y_fake3, loss[:,None])]).all(0)
     return torch.where(ok, loss, 0), ok

@@ -16,7 +16,7 @@ else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
-           'PRESETS', 'USUAL', 'AGAIN', 'OURS', 'NUMBERS', 'FIXED', 'Config', 'kappas', 'check', 'at_length',
+           'PRESETS', 'USUAL', 'LATEST', 'OURS', 'NUMBERS', 'FIXED', 'Config', 'kappas', 'check', 'at_length',
            'check_together', 'settle', 'recipe_of', 'label', 'published', 'begun_folder', 'check_out', 'new_folder',
            'run_folder', 'log_rows', 'fits', 'typed_config', 'saved_config', 'begun', 'resume_folder', 'differences',
            'shapes_of', 'weights_in', 'how_long', 'plan']
@@ -31,7 +31,7 @@ class Config:
     prompts: str = ''              # a file of text, JSON, CSV, TSV, Parquet, Arrow or WebDataset, a folder of them, or a dataset's name; the embedded teacher and EDM networks bring their own
     column: str = ''               # where the prompts are, in a table with several columns of text
     out: str = ''                  # run folder, must not exist (but see resume); default: the next free runs/PRESET-N
-    resume: str = ''               # run folder to go on with from its newest good checkpoint; "auto" or "latest": --out if it holds a run, else the newest run of this preset; a new one if there is none
+    resume: str = ''               # run folder to go on with from its newest good checkpoint; "latest": --out if it holds a run, else the newest run of this preset; a new one if there is none
     guidance: Literal['lsg', 'long', 'short', 'zero', 'anti'] = 'lsg' # where guidance acts: all four places, teacher only, training of the fake only; zero: nowhere, and the fake sees no prompts; anti: negative, in the fake
     kappa: float = 1.25            # guidance scale put there; more follows the prompt better, with less variety
     kappa1: float | None = None    # override: the fake, while it is trained
@@ -42,40 +42,40 @@ class Config:
     alpha: float = 1.0             # SiD's loss coefficient; the published text-to-image value
     distance: str = 'huber'        # of sim: l2, huber:C0, huber-abs:C, p:P; huber keeps single samples from pulling too hard
     space: Literal['x0', 'score'] = 'x0' # of sim: where the distance is measured
-    weight: Literal['l1', 'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'l1' # per-sample weight; l1 makes the loss scale-free, so lr carries over between teachers; sim usually takes none
-    fake_weight: Literal['none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr' # of the fake's loss; snr is the plain error of epsilon
-    law: str = 'uniform'           # of t: uniform, karras, edm[:MEAN,STD], logit-normal[:MEAN,STD]
-    law_fake: str | None = None    # of t in the fake's steps; default: the same
+    loss_weight: Literal['l1', 'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'l1' # per-sample weight; l1 makes the loss scale-free, so lr carries over between teachers; sim usually takes none
+    fake_loss_weight: Literal['none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr' # of the fake's loss; snr is the plain error of epsilon
+    timestep_sampling: str = 'uniform' # how t is drawn: uniform, karras, edm[:MEAN,STD], logit-normal[:MEAN,STD]
+    timestep_sampling_fake: str | None = None # the same in the fake's steps; default: the same
     t_min: int | float | None = None # times of x_t are drawn from [t_min, t_max), the ends teach little and are noisy; default: 20 and 980 of a table's 1000, .02 and .98 of a flow, 0 and 800 of EDM
     t_max: int | float | None = None # the upper end of these times; default: see t_min
     t_init: int | float | None = None # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
-    steps: int = 1                 # of the generator; more than one re-noises in between, and every step is trained in turn
+    student_steps: int = 1         # of the generator; more than one re-noises in between, and every step is trained in turn
     renoise: Literal['fresh', 'fixed'] = 'fresh' # noise between the steps in training: new, or the start noise again; drawing takes new noise
-    real: str = ''                 # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
-    gan_push: float = 1e-4         # of the adversary: the generator's reward beside its loss (published: 0.01 beside 100)
-    gan_learn: float = 1.0         # the discriminator's loss beside the fake's
-    gan_rests: int | None = None   # images until which the generator rests; default: a tenth of the run, at most the published 100,000
-    gan_begins: int | None = None  # images after which it is rewarded; default: a fifth of the run, at most the published 200,000
+    real_images: str = ''          # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
+    gan_weight_generator: float = 1e-4 # the generator's adversarial loss beside its own loss (published: 0.01 beside 100)
+    gan_weight_discriminator: float = 1.0 # the discriminator's loss beside the fake's
+    gan_freeze_generator_until: int | None = None # images until which the generator is not updated; default: a tenth of the run, at most the published 100,000
+    gan_start: int | None = None   # images after which the generator has an adversarial loss; default: a fifth of the run, at most the published 200,000
     gan_layer: str = ''            # of the fake's network; default: its deepest
-    p_drop: float = 0.1            # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
-    nimg: int = 8_800              # images to train on
-    batch: int = 16                # images per step, of all processes together; 0: micro x rounds x processes
-    micro: int | None = None       # at most so many at once in one process (memory); default: all of its share
-    rounds: int | None = None      # micro-batches per step; default: as many as it takes
+    proportion_empty_prompts: float = 0.1 # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
+    max_train_images: int = 8_800  # images to train on
+    total_batch_size: int = 16     # images per step, of all processes together; 0: micro_batch x gradient_accumulation_steps x processes
+    micro_batch: int | None = None # at most so many at once in one process (memory); default: all of its share
+    gradient_accumulation_steps: int | None = None # micro-batches per step; default: as many as it takes
     lr: float = 1e-4               # of the generator; presets of full size have 1e-6, those of CIFAR-10 1e-5
     lr_fake: float = 1e-4          # fake; equal to lr in the published runs
-    eps: float | None = None       # Adam's; default: the precision's (1e-8; pure-fp16 1e-6, pure-bf16 1e-4)
-    clip: float | None = None      # clip each number of the gradient to +-clip; 1 in the published fp16 run, none in the others
-    precision: Literal['fp32', 'bf16', 'fp16', 'pure-bf16', 'pure-fp16'] = 'fp32' # bf16 and fp16 keep fp32 weights and compute in 16 bits; pure-* store everything in 16 bits
+    adam_epsilon: float | None = None # default: 1e-8; 1e-6 with weights in fp16, 1e-4 in bf16
+    clip_grad_value: float | None = None # clip each number of the gradient to +- this value (the max_grad_norm of diffusers is another thing: a norm); 1 in the published fp16 run, none in the others
+    mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no' # compute in 16 bits, with weights in fp32
+    weight_dtype: Literal['fp32', 'bf16', 'fp16'] = 'fp32' # bf16, fp16: store everything in 16 bits, and compute in them; not together with mixed_precision
     tf32: bool = False             # let NVIDIA GPUs round fp32 products to 19 bits: faster; off in the published runs
-    sequential: bool = False       # one network's graph in memory at a time: less memory, more time
-    checkpointing: bool = False    # recompute activations in the backward pass: much less memory, more time
+    sequential_gradient: bool = False       # one network's graph in memory at a time: less memory, more time
+    gradient_checkpointing: bool = False    # recompute activations in the backward pass: much less memory, more time
     lora: Literal['none', 'fake', 'generator', 'both'] = 'none' # learn low-rank additions on the teacher's weights, which are then shared; usually wants a larger lr
-    rank: int = 64                 # of the LoRA
-    bits: Literal[32, 8] = 32      # of Adam's states; 8 needs bitsandbytes
-    ema_device: Literal['', 'cpu'] = '' # cpu: the average waits there; saves its weights on the GPU, costs a transfer per step
-    vae_rests: Literal['', 'cpu'] = '' # cpu: the VAE waits there while nothing is decoded
-    shard: bool = False            # several processes: slices of each network (FSDP2) instead of copies (DDP)
+    lora_rank: int = 64            # of the LoRA
+    use_8bit_adam: bool = False    # Adam's states in 8 bits; needs bitsandbytes
+    offload: tuple[Literal['vae', 'ema'], ...] = () # what waits on the CPU: the VAE while nothing is decoded; the average (EMA), at the cost of a transfer per step
+    fsdp: bool = False             # several processes: slices of each network (FSDP2) instead of copies (DDP)
     compile: bool = False          # torch.compile the networks: minutes to start, then faster
     channels_last: bool = False    # memory layout that convolutions in 16 bits prefer
     ema_halflife: float = 2_000    # images until half of an old weight is forgotten; 50,000 in the published runs
@@ -85,10 +85,10 @@ class Config:
     log_every: int = 160           # images between lines of log.jsonl; 0: only at checkpoints and at the end
     sample_every: int = 2_000      # images between sample sheets; 0: no sheets
     checkpoint_every: int = 2_000  # images between checkpoints; 0: only at the end, which always has one
-    keep: int = 2                  # checkpoints kept
-    alarm: float = 10.0            # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
-    patience: int = 200            # stop after so many bad iterations in a row (skipped, or under alarm)
-    track: Literal['none', 'tensorboard', 'wandb'] = 'none' # besides log.jsonl, which is always written
+    checkpoints_total_limit: int = 2 # checkpoints kept
+    divergence_factor: float = 10.0 # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
+    divergence_patience: int = 200 # stop after so many bad iterations in a row (skipped, or under alarm)
+    report_to: Literal['none', 'tensorboard', 'wandb'] = 'none' # besides log.jsonl, which is always written
     eval_every: int = 0            # images between scores of n_eval pictures during the run; 0: none until the end
     eval_reference: str = ''       # folder of real pictures to score against; the bundled teacher needs none
     inception: str = ''            # TorchScript file of the feature network for that, or "bundled"; default: clean-fid's Inception, fetched once
@@ -96,6 +96,12 @@ class Config:
     n_eval: int = 1_000            # pictures per row of the closing table; 0: no table
     teacher_steps: int = 25        # the teacher's sampler steps, in sheets and table
     teacher_kappa: float = 1.5     # the teacher's guidance there; the best tiny-FD of the bundled one among 1, 1.25, 1.5, 2 and 3
+
+    @property
+    def precision(self)->str: # a key of `PRECISIONS`
+        "`mixed_precision` and `weight_dtype` in one word"
+        if self.weight_dtype != 'fp32': return f'pure-{self.weight_dtype}'
+        return 'fp32' if self.mixed_precision == 'no' else self.mixed_precision
 
 # %% ../../nbs/6_training/04_config.ipynb #a11f7d08
 def kappas(config:Config)->Kappa:
@@ -109,14 +115,14 @@ def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     def must(ok, text):
         if not ok: raise InputError(text)
-    must(config.batch >= 0, f'batch {config.batch} must be at least 1, or 0 to have it derived from micro and rounds')
-    must(config.micro is None or 1 <= config.micro <= (config.batch or config.micro), f'micro {config.micro} must lie between 1 and batch ({config.batch})')
-    must(config.rounds is None or config.rounds >= 1, f'rounds {config.rounds} must be at least 1')
-    must(config.nimg >= config.batch, f'nimg {config.nimg} is less than one batch of {config.batch}; give a larger nimg')
-    must(0 <= config.p_drop < 1, f'p_drop {config.p_drop} must lie in [0, 1)')
-    for k in ('lr', 'lr_fake', 'eps', 'clip', 'alarm'): must((v := getattr(config, k)) is None or math.isfinite(v) and v > 0, f'{k} {v} must be a positive number')
-    for k in ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_push', 'gan_learn', 'gan_rests', 'gan_begins'): must((getattr(config, k) or 0) >= 0, f'{k} {getattr(config, k)} must not be negative')
-    for k in ('keep', 'teacher_steps', 'patience', 'rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
+    must(config.total_batch_size >= 0, f'total_batch_size {config.total_batch_size} must be at least 1, or 0 to have it derived from micro_batch and gradient_accumulation_steps')
+    must(config.micro_batch is None or 1 <= config.micro_batch <= (config.total_batch_size or config.micro_batch), f'micro_batch {config.micro_batch} must lie between 1 and total_batch_size ({config.total_batch_size})')
+    must(config.gradient_accumulation_steps is None or config.gradient_accumulation_steps >= 1, f'gradient_accumulation_steps {config.gradient_accumulation_steps} must be at least 1')
+    must(config.max_train_images >= config.total_batch_size, f'max_train_images {config.max_train_images} is less than one batch of {config.total_batch_size}; give a larger max_train_images')
+    must(0 <= config.proportion_empty_prompts < 1, f'proportion_empty_prompts {config.proportion_empty_prompts} must lie in [0, 1)')
+    for k in ('lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'): must((v := getattr(config, k)) is None or math.isfinite(v) and v > 0, f'{k} {v} must be a positive number')
+    for k in ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start'): must((getattr(config, k) or 0) >= 0, f'{k} {getattr(config, k)} must not be negative')
+    for k in ('checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_together(config)
     kappas(config)
@@ -124,51 +130,52 @@ def check(config:Config)->Config:
     return config
 def at_length(config:Config)->Config:
     "The config with what depends on the length of the run worked out"
-    if not config.real: return config
-    rests, begins = min(100_000, config.nimg//10), min(200_000, config.nimg//5)            # SiDA's, as far as the run is long enough
-    return replace(config, gan_rests=rests if config.gan_rests is None else config.gan_rests, gan_begins=begins if config.gan_begins is None else config.gan_begins)
+    if not config.real_images: return config
+    rests, begins = min(100_000, config.max_train_images//10), min(200_000, config.max_train_images//5)            # SiDA's, as far as the run is long enough
+    return replace(config, gan_freeze_generator_until=rests if config.gan_freeze_generator_until is None else config.gan_freeze_generator_until, gan_start=begins if config.gan_start is None else config.gan_start)
 def check_together(config:Config):
     "Raise `InputError` for settings that exclude each other"
-    apart = [('lora', 'pure precision', config.lora != 'none' and config.precision.startswith('pure'), 'take fp16 or bf16: the shared weights are in 16 bits anyway'),
-             ('lora', 'real', config.lora != 'none' and config.real, 'leave one away: the adversary learns in the fake\'s own weights'), ('lora', 'shard', config.lora != 'none' and config.shard, 'leave one away'), ('lora', 'compile', config.lora != 'none' and config.compile, 'leave one away'),
-             ('lora of the generator', 'ema-device cpu', config.lora in ('generator', 'both') and config.ema_device == 'cpu', 'leave --ema-device away: the average of a LoRA is small'),
-             ('bits 8', 'shard', config.bits == 8 and config.shard, 'leave one away'), ('ema-device cpu', 'shard', config.shard and config.ema_device == 'cpu', 'leave one away'),
+    apart = [('mixed-precision', 'weight-dtype', config.mixed_precision != 'no' and config.weight_dtype != 'fp32', 'with weights in 16 bits everything is computed in them: leave one away'),
+             ('lora', 'weight-dtype', config.lora != 'none' and config.weight_dtype != 'fp32', 'take --mixed-precision: the shared weights are in 16 bits then anyway'),
+             ('lora', 'real-images', config.lora != 'none' and config.real_images, 'leave one away: the adversary learns in the fake\'s own weights'), ('lora', 'fsdp', config.lora != 'none' and config.fsdp, 'leave one away'), ('lora', 'compile', config.lora != 'none' and config.compile, 'leave one away'),
+             ('lora of the generator', 'offload ema', config.lora in ('generator', 'both') and 'ema' in config.offload, 'leave it away: the average of a LoRA is small'),
+             ('use-8bit-adam', 'fsdp', config.use_8bit_adam and config.fsdp, 'leave one away'), ('offload ema', 'fsdp', config.fsdp and 'ema' in config.offload, 'leave one away'),
              ('eval-every', 'n-eval 0', config.eval_every and config.n_eval == 0, 'say how many pictures, --n-eval 1000')]
     for a, b, both, cure in apart:
         if both: raise InputError(f'{a} and {b} do not go together; {cure}')
     if config.eval_every and config.teacher != 'embedded' and not config.eval_reference: raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
-    for given, what in ((config.eval_reference, 'eval-reference'), (config.real, 'real'), (config.inception, 'inception')):
+    for given, what in ((config.eval_reference, 'eval-reference'), (config.real_images, 'real-images'), (config.inception, 'inception')):
         if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what != 'inception' else f'--{what} {given} does not exist; leave it away to have it fetched')
     timed = at_length(config)
-    for when, what in ((timed.gan_rests, 'rests: the generator would rest'), (timed.gan_begins, 'begins: it would go unrewarded')):
-        if config.real and when >= config.nimg: raise InputError(f'--gan-{what} for the whole run of {config.nimg:,} images; give a number below {config.nimg:,}, or a larger --nimg')
-    if config.track != 'none' and importlib.util.find_spec(config.track) is None: raise InputError(f'--track {config.track} needs the package; pip install {config.track}')
+    for when, what in ((timed.gan_freeze_generator_until, 'freeze-generator-until: the generator would not be updated'), (timed.gan_start, 'start: there would be no adversarial loss')):
+        if config.real_images and when >= config.max_train_images: raise InputError(f'--gan-{what} for the whole run of {config.max_train_images:,} images; give a number below {config.max_train_images:,}, or a larger --max-train-images')
+    if config.report_to != 'none' and importlib.util.find_spec(config.report_to) is None: raise InputError(f'--report-to {config.report_to} needs the package; pip install {config.report_to}')
 def settle(config:Config, world:int=1)->Config:
-    "Checked, with batch, micro and rounds worked out for so many processes; raises `InputError`"
+    "Checked, with total_batch_size, micro_batch and gradient_accumulation_steps worked out for so many processes; raises `InputError`"
     from sid_lsg_nb.training.distributed import divide
-    check(config); batch, micro, rounds = divide(config.batch, config.micro, config.rounds, world)
-    if config.nimg < batch: raise InputError(f'nimg {config.nimg} is less than one batch of {batch}; give a larger nimg')
-    return replace(at_length(config), batch=batch, micro=micro, rounds=rounds)
+    check(config); batch, micro_batch, gradient_accumulation_steps = divide(config.total_batch_size, config.micro_batch, config.gradient_accumulation_steps, world)
+    if config.max_train_images < batch: raise InputError(f'max_train_images {config.max_train_images} is less than one batch of {batch}; give a larger max_train_images')
+    return replace(at_length(config), total_batch_size=batch, micro_batch=micro_batch, gradient_accumulation_steps=gradient_accumulation_steps)
 def recipe_of(config:Config, t_init:int|float, usual:tuple=(20, 980))->Recipe: # usual: the schedule's [t_min, t_max); of a table by default
     "The part of the config that the method sees"
     from sid_lsg_nb.method.steps import Recipe
-    c, (lo, hi) = config, usual; own = {k: getattr(c, k) for k in ('alpha', 'weight', 'method', 'distance', 'space', 'law', 'law_fake', 'fake_weight', 'steps', 'renoise')}
+    c, (lo, hi) = config, usual; own = {k: getattr(c, k) for k in ('alpha', 'loss_weight', 'method', 'distance', 'space', 'timestep_sampling', 'timestep_sampling_fake', 'fake_loss_weight', 'student_steps', 'renoise')}
     return Recipe(kappas(c), t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init, **own)
 def label(config:Config)->str:
     "kappa1..kappa4 and the loss, for titles"
     k, c = kappas(config), config; loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method)
-    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}' + f', {c.steps} steps'*(c.steps > 1)
+    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}' + f', {c.student_steps} steps'*(c.student_steps > 1)
 
 # %% ../../nbs/6_training/04_config.ipynb #b09e6191
 SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
 SDXL, PIXART = 'stabilityai/stable-diffusion-xl-base-1.0', 'PixArt-alpha/PixArt-XL-2-512x512'
 SD3, SANA = 'stabilityai/stable-diffusion-3-medium-diffusers', 'Efficient-Large-Model/Sana_600M_512px_diffusers'
 EDM = 'edm-cifar10-32x32-uncond-vp.pkl', 'edm-cifar10-32x32-cond-vp.pkl'   # file names of the published teachers: give --teacher PATH
-PIXELS = dict(alpha=1.2, law_fake='edm', fake_weight='edm', batch=256, micro=None, lr=1e-5, lr_fake=1e-5, p_drop=0., ema_halflife=500_000, teacher_kappa=1., teacher_steps=18, n_eval=0) # SiD's run_sid.sh
-SID_DIT = dict(guidance='lsg', kappa=4.5, alpha=1., weight='1-t', law='logit-normal', fake_weight='velocity',
-    t_min=.001, t_max=.999, t_init=1., steps=4, batch=256, p_drop=.1, precision='bf16', lr=1e-6, lr_fake=1e-6, eps=1e-8) # 2509.25127; the times: chapter 19
-SIM_WORDS = dict(method='sim', weight='none', precision='bf16', checkpointing=True, micro=1)
-SIM_PIXELS = PIXELS | dict(method='sim', alpha=1., weight='none')
+PIXELS = dict(alpha=1.2, timestep_sampling_fake='edm', fake_loss_weight='edm', total_batch_size=256, micro_batch=None, lr=1e-5, lr_fake=1e-5, proportion_empty_prompts=0., ema_halflife=500_000, teacher_kappa=1., teacher_steps=18, n_eval=0) # SiD's run_sid.sh
+SID_DIT = dict(guidance='lsg', kappa=4.5, alpha=1., loss_weight='1-t', timestep_sampling='logit-normal', fake_loss_weight='velocity',
+    t_min=.001, t_max=.999, t_init=1., student_steps=4, total_batch_size=256, proportion_empty_prompts=.1, mixed_precision='bf16', lr=1e-6, lr_fake=1e-6, adam_epsilon=1e-8) # 2509.25127; the times: chapter 19
+SIM_WORDS = dict(method='sim', loss_weight='none', mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1)
+SIM_PIXELS = PIXELS | dict(method='sim', alpha=1., loss_weight='none')
 PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLIP  more settings
     'sd15-lsg-1.5':                  (SD15,  'lsg',   1.5,   8_806,  8.71, .302, {}),
     'sd15-lsg-1.5-long-training':    (SD15,  'lsg',   1.5,  18_789,  8.15, .304, {}),
@@ -188,27 +195,27 @@ PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLI
     'sd15-short-0.5':                (SD15,  'short', 0.5,   8_806,  None, None, {}),   # our reading of "short"
     'sd21-long-2':                   (SD21,  'long',  2.0,   9_728,  None, None, {}),
     'sd21-short-0.5':                (SD21,  'short', 0.5,   9_728,  None, None, {}),
-    'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(precision='pure-fp16', clip=1.)),   # ours: weights in 16 bits and eps 1e-6 as the official --fp16 1, which has no EMA and another kappa
-    'sd21-768-lsg-1.5':              ('stabilityai/stable-diffusion-2-1', 'lsg', 1.5, 9_728, None, None, dict(checkpointing=True, micro=2)),   # predicts v, 768 pixels
-    'sd15-zero-4step':               (SD15,  'zero',  1.0,   8_806,  None, None, dict(steps=4)),   # Zero-CFG of few-step SiD (2505.12674), without its GAN term
-    'sd15-anti-4step':               (SD15,  'anti',  1.0,   8_806,  None, None, dict(steps=4)),   # Anti-CFG; its scale is our guess
+    'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(weight_dtype='fp16', clip_grad_value=1.)),   # ours: weights in 16 bits and eps 1e-6 as the official --fp16 1, which has no EMA and another kappa
+    'sd21-768-lsg-1.5':              ('stabilityai/stable-diffusion-2-1', 'lsg', 1.5, 9_728, None, None, dict(gradient_checkpointing=True, micro_batch=2)),   # predicts v, 768 pixels
+    'sd15-zero-4step':               (SD15,  'zero',  1.0,   8_806,  None, None, dict(student_steps=4)),   # Zero-CFG of few-step SiD (2505.12674), without its GAN term
+    'sd15-anti-4step':               (SD15,  'anti',  1.0,   8_806,  None, None, dict(student_steps=4)),   # Anti-CFG; its scale is our guess
     'sdxl-sim':                      (SDXL,  'long',  7.5,   1_000,  None, None, SIM_WORDS),   # kappa: a public rerun of SIM on SDXL; the rest is ours
     'pixart-sim':                    (PIXART, 'long', 4.5,   1_000,  None, None, SIM_WORDS),   # SIM-DiT-600M: linear betas, t_init 440, bf16; its kappa, lr, batch and c were not found
     'sd3-sid-dit':                   (SD3,   'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),   # 2509.25127; how many images was not found
     'sana-sid-dit':                  (SANA,  'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
-    'sd15-lsg-1.5-24gb':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(precision='fp16', sequential=True, checkpointing=True, micro=1, vae_rests='cpu')),   # ours, for one card
+    'sd15-lsg-1.5-24gb':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(mixed_precision='fp16', sequential_gradient=True, gradient_checkpointing=True, micro_batch=1, offload=('vae',))),   # ours, for one card
 }
 def published(name:str)->Config:
     "A row as a config"
     teacher, guidance, kappa, kimg, _, _, more = PUBLISHED[name]
-    return Config(**dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, nimg=kimg*1000, batch=512, micro=4, lr=1e-6, lr_fake=1e-6, ema_halflife=50_000, ema_rampup=.05,
+    return Config(**dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, max_train_images=kimg*1000, total_batch_size=512, micro_batch=4, lr=1e-6, lr_fake=1e-6, ema_halflife=50_000, ema_rampup=.05,
         log_every=5_120, sample_every=102_400, checkpoint_every=512_000, teacher_kappa=7.5) | more)
 PRESETS = dict(embedded=Config(), **{name: published(name) for name in PUBLISHED})
 USUAL = dict(StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='sdxl-sim', PixArtAlphaPipeline='pixart-sim', PixArtSigmaPipeline='pixart-sim',
     StableDiffusion3Pipeline='sd3-sid-dit', SanaPipeline='sana-sid-dit', EDM='cifar10-sid') # the row to start from, by the teacher's family, if none is named
 
 # %% ../../nbs/6_training/04_config.ipynb #c12fd6eb
-AGAIN = 'auto', 'latest' # words of --resume: go on if there is something, begin if there is nothing
+LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
 OURS = 'config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png', 'samples', 'checkpoints', 'generator', 'tensorboard'
 def begun_folder(folder:Path)->Path:
     "A folder where a run began and reached no checkpoint; raises `InputError` for one that holds anything else"
@@ -220,8 +227,8 @@ def check_out(config:Config):
     "Raise `InputError` if the folder of a new run exists and cannot be taken"
     folder = Path(config.out).expanduser()
     if not config.out or not folder.exists(): return
-    if config.resume in AGAIN: begun_folder(folder); return
-    raise InputError(f'--out {config.out} exists; choose another folder, leave --out away for the next free runs/{config.preset}-N, or go on with it: --resume auto')
+    if config.resume == LATEST: begun_folder(folder); return
+    raise InputError(f'--out {config.out} exists; choose another folder, leave --out away for the next free runs/{config.preset}-N, or go on with it: --resume latest')
 def new_folder(config:Config)->Path:
     "Make the run's folder; two processes never get the same; raises `InputError` if a given one exists"
     if config.out:
@@ -250,19 +257,22 @@ def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are n
     return good, len(bad) + len(rows) - len(good)
 
 # %% ../../nbs/6_training/04_config.ipynb #4d568a03
-FIXED = ('prediction_type', 'seed', 't_init', 'steps')
+FIXED = ('prediction_type', 'seed', 't_init', 'student_steps')
 def fits(value, hint)->bool:
     "Does a value from a file have the type of a setting?"
     if get_origin(hint) is Literal: return value in get_args(hint)
+    if get_origin(hint) is tuple: return isinstance(value, (list, tuple)) and all(fits(v, get_args(hint)[0]) for v in value)
     if get_args(hint): return any(fits(value, h) for h in get_args(hint))
     if hint in (int, float): return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
 def typed_config(values:dict, source)->Config:
-    "Settings as they were saved; unknown ones are left out; raises `InputError` for a value that is of another type"
-    hints = {k: h for k, h in get_type_hints(Config).items() if k in values}
+    "Settings as they were saved; raises `InputError` for one that this version does not know, or a value of another type"
+    known = get_type_hints(Config); strange = [k for k in values if k not in known]
+    if strange: raise InputError(f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know ({", ".join(strange[:3])}); start a new run, or go on with the version that made it')
+    hints = {k: h for k, h in known.items() if k in values}
     wrong = [k for k, h in hints.items() if not fits(values[k], h)]
     if wrong or not hints: raise InputError(f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it')
-    return Config(**{k: values[k] for k in hints})
+    return Config(**{k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in hints})
 def saved_config(folder, say=print)->Config:
     "The config of a run folder, or, if that cannot be used, its newest checkpoint's; raises `InputError` if there is neither"
     file = Path(folder)/'config.json'
@@ -280,7 +290,7 @@ def begun(folder:Path)->bool:
     return bool(checkpoints(folder/'checkpoints')) or (folder/'closing.json').is_file()
 def resume_folder(config:Config)->Path|None: # None: start a new run
     "The run that `config.resume` means"
-    if config.resume not in AGAIN: return Path(config.resume).expanduser() if config.resume else None
+    if config.resume != LATEST: return Path(config.resume).expanduser() if config.resume else None
     if config.out: return out if begun(out := Path(config.out).expanduser()) else None
     names = re.compile(re.escape(config.preset) + r'-\d+')                 # not those of a preset whose name begins alike
     runs = [(kept[0].stat().st_mtime, p) for p in Path('runs').glob('*') if names.fullmatch(p.name) and (kept := checkpoints(p/'checkpoints'))]
@@ -315,24 +325,24 @@ def how_long(
     rows:list[dict], # measurements: card, date, img_per_s, and the settings of a `Bench`
 )->str: # '' where nothing was measured
     "How long the training itself takes on a card, from what was measured on such a card with these settings"
-    same = ('micro', 'precision', 'tf32', 'sequential', 'checkpointing', 'lora', 'bits', 'ema_device', 'compile', 'channels_last') + ('rank',)*(config.lora != 'none')
-    wanted = {k: getattr(config, k) for k in same} | dict(teacher={SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher), guided=kappas(config) != Kappa())
+    same = ('micro_batch', 'mixed_precision', 'weight_dtype', 'tf32', 'sequential_gradient', 'gradient_checkpointing', 'lora', 'use_8bit_adam', 'compile', 'channels_last') + ('lora_rank',)*(config.lora != 'none')
+    wanted = {k: getattr(config, k) for k in same} | dict(teacher={SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher), guided=kappas(config) != Kappa(), ema='ema' in config.offload)
     for r in rows:
-        if r['card'] != card or wanted != {k: r['settings'][k] for k in ('teacher', *same)} | dict(guided=r['settings']['kappa'] != 1): continue
-        return f'time: about {config.nimg/r["img_per_s"]/3600:.3g} hours of training on one {card} ({r["img_per_s"]:g} images/s, measured {r["date"]}); sheets, checkpoints and scores come on top'
+        if r['card'] != card or wanted != {k: r['settings'][k] for k in ('teacher', *same)} | dict(guided=r['settings']['kappa'] != 1, ema='ema' in r['settings']['offload']): continue
+        return f'time: about {config.max_train_images/r["img_per_s"]/3600:.3g} hours of training on one {card} ({r["img_per_s"]:g} images/s, measured {r["date"]}); sheets, checkpoints and scores come on top'
     return ''
 def plan(config:Config, world:int=1):
     "Print what a run with these settings would do; raises `InputError` as the run would"
     import torch
     from sid_lsg_nb.core import EMBEDDED
     from sid_lsg_nb.training.memory import budget, meta_unet, print_budget
-    config = settle(config, world); micro, cuts, k, shapes = config.micro, config.rounds, kappas(config), shapes_of(config.teacher)
-    print('\n'.join(f'{k:>18} = {v!r}' for k, v in asdict(config).items()))
-    print(f'\none iteration: {config.batch} images = {micro} at once x {cuts} rounds x {world} process(es), for the fake and again for the generator; {math.ceil(config.nimg/config.batch):,} iterations')
+    config = settle(config, world); micro, cuts, k, shapes = config.micro_batch, config.gradient_accumulation_steps, kappas(config), shapes_of(config.teacher)
+    print('\n'.join(f'{k:>27} = {v!r}' for k, v in asdict(config).items()))
+    print(f'\none iteration: {config.total_batch_size} images = {micro} at once x {cuts} rounds x {world} process(es), for the fake and again for the generator; {math.ceil(config.max_train_images/config.total_batch_size):,} iterations')
     if shapes is None: print(f'memory: unknown for this kind of teacher, or before {config.teacher!r} is fetched')
-    else: print_budget('memory per process, counted from shapes; workspaces come on top' + (' (before sharding)' if config.shard else '') + ':', budget(meta_unet(shapes[0]), *shapes[1:], micro=micro, precision=config.precision, guided=k != Kappa(),
-        sequential=config.sequential or config.lora != 'none', checkpointing=config.checkpointing, lora=config.lora, rank=config.rank, ema_device=config.ema_device, vae_rests=config.vae_rests, bits=config.bits))
+    else: print_budget('memory per process, counted from shapes; workspaces come on top' + (' (before sharding)' if config.fsdp else '') + ':', budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=micro, precision=config.precision, guided=k != Kappa(),
+        sequential_gradient=config.sequential_gradient or config.lora != 'none', gradient_checkpointing=config.gradient_checkpointing, lora=config.lora, lora_rank=config.lora_rank, offload=config.offload, use_8bit_adam=config.use_8bit_adam))
     if world == 1 and config.device != 'cpu' and torch.cuda.is_available() and (told := how_long(config, torch.cuda.get_device_name(), json.loads((EMBEDDED/'speeds.json').read_text()))): print(told)
     where = config.resume or config.out or f'runs/{config.preset}-N'
-    print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.nimg//config.log_every if config.log_every else "few"} lines), curves.png, samples/ ({config.nimg//config.sample_every + 1 if config.sample_every else 0:,} sheets), checkpoints/ (the last {config.keep}), generator/ (a diffusers pipeline with its model card)'
+    print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.max_train_images//config.log_every if config.log_every else "few"} lines), curves.png, samples/ ({config.max_train_images//config.sample_every + 1 if config.sample_every else 0:,} sheets), checkpoints/ (the last {config.checkpoints_total_limit}), generator/ (a diffusers pipeline with its model card)'
           + (', scores.json' if config.teacher == 'embedded' and config.n_eval else ''))

@@ -47,10 +47,10 @@ def allow_tf32(on:bool):
 # %% ../../nbs/6_training/02_distributed.ipynb #4d07e71a
 TORCHRUN = 'torchrun --nproc-per-node N -m sid_lsg_nb.cli distill ...'
 ASKED_ELSEWHERE = { # words of accelerate: what means the same here
-    'ACCELERATE_USE_DEEPSPEED': '--shard', 'ACCELERATE_USE_FSDP': '--shard', 'ACCELERATE_USE_MEGATRON_LM': '--shard',
-    'ACCELERATE_USE_PARALLELISM_CONFIG': '--shard', 'ACCELERATE_MIXED_PRECISION': '--precision',
-    'ACCELERATE_DYNAMO_BACKEND': '--compile', 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS': '--rounds',
-    'ACCELERATE_GRADIENT_CLIPPING': '--clip', 'ACCELERATE_USE_CPU': '--device cpu', 'ACCELERATE_TORCH_DEVICE': '--device'}
+    'ACCELERATE_USE_DEEPSPEED': '--fsdp', 'ACCELERATE_USE_FSDP': '--fsdp', 'ACCELERATE_USE_MEGATRON_LM': '--fsdp',
+    'ACCELERATE_USE_PARALLELISM_CONFIG': '--fsdp', 'ACCELERATE_MIXED_PRECISION': '--mixed-precision',
+    'ACCELERATE_DYNAMO_BACKEND': '--compile', 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS': '--gradient-accumulation-steps',
+    'ACCELERATE_GRADIENT_CLIPPING': '--clip-grad-value', 'ACCELERATE_USE_CPU': '--device cpu', 'ACCELERATE_TORCH_DEVICE': '--device'}
 COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')   # how many processes others started
 FOREIGN = ('ACCELERATE_', 'FSDP_', 'MEGATRON_LM_', 'PARALLELISM_CONFIG_', 'PMI_', 'OMPI_COMM_WORLD_', 'MV2_COMM_WORLD_', 'MPI_LOCAL')
 PLACE = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
@@ -206,21 +206,22 @@ class Team:
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2f4a19b8
 def divide(
-    batch:int, # images per step, of all processes together; 0: whatever comes out of the others
-    micro:int|None, # at most so many at once in one process; None: whatever comes out
-    rounds:int|None, # micro-batches per step and process; None: whatever comes out
+    total_batch_size:int, # images per step, of all processes together; 0: whatever comes out of the others
+    micro_batch:int|None, # at most so many at once in one process; None: whatever comes out
+    gradient_accumulation_steps:int|None, # micro-batches per step and process; None: whatever comes out
     world:int, # processes
-)->tuple[int, int, int]: # batch, micro, rounds
-    "batch = micro x rounds x world, the missing ones derived; raises `InputError` if that cannot be"
+)->tuple[int, int, int]: # total_batch_size, micro_batch, gradient_accumulation_steps
+    "total_batch_size = micro_batch x gradient_accumulation_steps x world, the missing ones derived; raises `InputError` if that cannot be"
+    batch, micro, rounds = total_batch_size, micro_batch, gradient_accumulation_steps
     if not batch:
-        if not micro: raise InputError('--batch 0 is derived from --micro (and --rounds); give --micro')
+        if not micro: raise InputError('--total-batch-size 0 is derived from --micro-batch (and --gradient-accumulation-steps); give --micro-batch')
         return micro*(rounds or 1)*world, micro, rounds or 1
-    if batch % world: raise InputError(f'batch {batch} does not divide among {world} processes; give a multiple of {world}, such as {max(world, batch//world*world)}')
+    if batch % world: raise InputError(f'total_batch_size {batch} does not divide among {world} processes; give a multiple of {world}, such as {max(world, batch//world*world)}')
     share = batch//world
-    if rounds and micro and rounds*micro != share: raise InputError(f'micro {micro} x rounds {rounds} x {world} process(es) is {micro*rounds*world}, not batch {batch}; leave one of the three away, or give --batch {micro*rounds*world}')
-    if rounds and share % rounds: raise InputError(f'batch {batch} is {share} per process, which rounds {rounds} does not divide; give --rounds {max(d for d in range(1, rounds + 1) if share % d == 0)}')
+    if rounds and micro and rounds*micro != share: raise InputError(f'micro_batch {micro} x gradient_accumulation_steps {rounds} x {world} process(es) is {micro*rounds*world}, not total_batch_size {batch}; leave one of the three away, or give --total-batch-size {micro*rounds*world}')
+    if rounds and share % rounds: raise InputError(f'total_batch_size {batch} is {share} per process, which gradient_accumulation_steps {rounds} does not divide; give --gradient-accumulation-steps {max(d for d in range(1, rounds + 1) if share % d == 0)}')
     micro = micro or share//(rounds or 1)
-    if share % micro: raise InputError(f'batch {batch} is {share} per process, which micro {micro} does not divide; give --micro {max(d for d in range(1, micro + 1) if share % d == 0)}, or --batch {max(1, share//micro)*micro*world}')
+    if share % micro: raise InputError(f'total_batch_size {batch} is {share} per process, which micro_batch {micro} does not divide; give --micro-batch {max(d for d in range(1, micro + 1) if share % d == 0)}, or --total-batch-size {max(1, share//micro)*micro*world}')
     return batch, micro, share//micro
 
 # %% ../../nbs/6_training/02_distributed.ipynb #504c1c37
@@ -240,7 +241,7 @@ def copies(team:Team, net:Denoiser)->dict: # train, sync: for a `Learner`
 def slices(team:Team, net:Denoiser)->dict: # sync: for a `Learner`
     "Cut a network's weights into one slice per process, in place; a team of one can do it too"
     if not dist.is_initialized() and 'TORCHELASTIC_RUN_ID' in os.environ: dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)   # one process, started by torchrun
-    if not dist.is_initialized(): raise InputError(f'--shard needs processes; start with {TORCHRUN}')
+    if not dist.is_initialized(): raise InputError(f'--fsdp needs processes; start with {TORCHRUN}')
     mesh = init_device_mesh(team.device.type, (team.world,))
     blocks = [block for child in net.net.children() if isinstance(child, nn.ModuleList) for block in child]
     for module in (*blocks, net.net): fully_shard(module, mesh=mesh, reshard_after_forward=True)     # at rest everything is slices
@@ -270,12 +271,12 @@ def make_learner(
     shard:bool=False, # slices instead of copies
     clip:float|None=None, # see `Learner`
     eps:float|None=None, # Adam's; None: the precision's
-    bits:int=32, # of the optimiser's states
+    use_8bit_adam:bool=False, # its states in 8 bits
 )->Learner:
     "A network ready to learn on this team"
     p = precision_of(precision); net.autocast = p.autocast
     if not any(q.requires_grad for q in net.parameters()): net.requires_grad_(True)               # a LoRA that was switched off; what `copy` froze stays frozen
     if next(net.parameters()).dtype != torch.float64: net.to(p.weights)                       # double precision stays, for comparisons
     together = (slices if shard else copies)(team, net)
-    optimizer = make_adam([q for q in net.parameters() if q.requires_grad], lr=lr, eps=eps or p.eps, bits=bits)
+    optimizer = make_adam([q for q in net.parameters() if q.requires_grad], lr=lr, eps=eps or p.eps, use_8bit_adam=use_8bit_adam)
     return Learner(net, optimizer, scaler=torch.amp.GradScaler(team.device.type, init_scale=SCALE) if p.scaler else None, clip=clip, **together)

@@ -131,16 +131,16 @@ def sheet(
 
 # %% ../../nbs/6_training/05_log.ipynb #8dd17150
 def tracker(config:Config, folder:Path, team:Team, rows=()): # `log(row)` and `end()`, or nothing to do; rows: of the log so far
-    "Send lines of the log where `config.track` says"
-    if config.track == 'none' or not team.main: return SimpleNamespace(log=lambda row: None, end=lambda: None)
-    a, board = Accelerator(cpu=team.device.type == 'cpu', mixed_precision='no', log_with=config.track, project_dir=str(folder)), folder/'tensorboard'
+    "Send lines of the log where `config.report_to` says"
+    if config.report_to == 'none' or not team.main: return SimpleNamespace(log=lambda row: None, end=lambda: None)
+    a, board = Accelerator(cpu=team.device.type == 'cpu', mixed_precision='no', log_with=config.report_to, project_dir=str(folder)), folder/'tensorboard'
     old = [*board.glob('events.out.tfevents.*')]
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
     ident = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]                    # wandb drops steps that it has, which are the same
-    a.init_trackers('tensorboard' if config.track == 'tensorboard' else 'sid-lsg-nb', config=settings,
-        init_kwargs=dict(wandb=dict(name=folder.name, dir=str(folder), id=ident, resume='allow')) if config.track == 'wandb' else {})
+    a.init_trackers('tensorboard' if config.report_to == 'tensorboard' else 'sid-lsg-nb', config=settings,
+        init_kwargs=dict(wandb=dict(name=folder.name, dir=str(folder), id=ident, resume='allow')) if config.report_to == 'wandb' else {})
     log = lambda row: a.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row['nimg'])
-    if config.track == 'tensorboard':                                                          # all anew: what is shown equals log.jsonl
+    if config.report_to == 'tensorboard':                                                          # all anew: what is shown equals log.jsonl
         for row in rows: log(row)
         for file in old: file.unlink()
     return SimpleNamespace(log=log, end=a.end_training)

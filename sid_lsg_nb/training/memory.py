@@ -92,27 +92,27 @@ def budget(
     unet:UNet2DConditionModel, # on meta
     text:float, vae:float, # weights of text encoder and VAE, in millions
     *,
-    micro:int=1, # pictures at once
+    micro_batch:int=1, # pictures at once
     precision:str='fp32', # see `PRECISIONS`
     guided:bool=True, # some kappa is not 1
-    sequential:bool=False, checkpointing:bool=False,
-    lora:str='none', rank:int=64, # 'fake', 'generator' or 'both' share the teacher's weights
-    ema_device:str='', vae_rests:str='cpu', # what lives on the CPU costs nothing here
-    bits:int=32, # of Adam's states
+    sequential_gradient:bool=False, gradient_checkpointing:bool=False,
+    lora:str='none', lora_rank:int=64, # 'fake', 'generator' or 'both' share the teacher's weights
+    offload:tuple=('vae',), # what waits on the CPU costs nothing here: vae, ema
+    use_8bit_adam:bool=False,
 )->dict[str, int]: # bytes by component, on the GPU
     "What a run holds at its worst moment, counted from shapes"
     p = precision_of(precision); width = lambda dtype: torch.empty(0, dtype=dtype).element_size()
-    n, thin, two = sum(q.numel() for q in unet.parameters()), lora_size(unet, rank) if lora != 'none' else 0, 1 + guided
+    n, thin, two = sum(q.numel() for q in unet.parameters()), lora_size(unet, lora_rank) if lora != 'none' else 0, 1 + guided
     learning = {k: thin if lora in (k, 'both') else n for k in ('fake', 'generator')}
-    out = {'teacher': n*width(p.teacher), 'text encoder': int(text*4e6), 'VAE': 0 if vae_rests == 'cpu' else int(vae*4e6)}
-    for k, m in learning.items(): out |= {k: m*width(p.weights), f"{k}'s second moments": m*(width(p.weights) if bits == 32 else 2)}
+    out = {'teacher': n*width(p.teacher), 'text encoder': int(text*4e6), 'VAE': 0 if 'vae' in offload else int(vae*4e6)}
+    for k, m in learning.items(): out |= {k: m*width(p.weights), f"{k}'s second moments": m*(2 if use_8bit_adam else width(p.weights))}
     out["gradient, one network's"] = max(learning.values())*width(p.weights)
-    out['EMA'] = 0 if ema_device == 'cpu' else learning['generator']*4
+    out['EMA'] = 0 if 'ema' in offload else learning['generator']*4
     low = p.autocast or p.weights
-    held = lambda pictures, dtype, learns: pictures*activations(unet, checkpointing, learns)*width(dtype)//4
-    acts = dict(generator=held(micro, low, True), teacher=held(two*micro, p.teacher, False), fake=held(two*micro, low, True))
-    if p.autocast and not checkpointing: acts |= {k: v + n*width(low) for k, v in acts.items() if k != 'teacher'}   # autograd keeps the 16-bit weights as well
-    out['activations'] = max(acts.values()) if sequential else sum(acts.values())
+    held = lambda pictures, dtype, learns: pictures*activations(unet, gradient_checkpointing, learns)*width(dtype)//4
+    acts = dict(generator=held(micro_batch, low, True), teacher=held(two*micro_batch, p.teacher, False), fake=held(two*micro_batch, low, True))
+    if p.autocast and not gradient_checkpointing: acts |= {k: v + n*width(low) for k, v in acts.items() if k != 'teacher'}   # autograd keeps the 16-bit weights as well
+    out['activations'] = max(acts.values()) if sequential_gradient else sum(acts.values())
     return out
 def lora_size(unet:UNet2DConditionModel, rank:int)->int:
     "Weights of one adapter"

@@ -110,10 +110,10 @@ def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser
     d.net.to(p.teacher); d.autocast = p.autocast
     if any(shared.values()): teacher.denoiser = d.around(Lent(d.net))
     for net in (d, *own.values()):
-        if config.checkpointing: net.net.enable_gradient_checkpointing()
+        if config.gradient_checkpointing: net.net.enable_gradient_checkpointing()
         if config.channels_last: net.net.to(memory_format=torch.channels_last)
         if config.compile: net.net.compile()
-    lend = lambda k: d.around(Lent(d.net, k, config.rank))
+    lend = lambda k: d.around(Lent(d.net, k, config.lora_rank))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)                                                # a LoRA begins with dice
         return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
@@ -155,7 +155,7 @@ def timed(config:Config, teacher)->Recipe:
     last = len(schedule) - table if hasattr(schedule, '__len__') else 1
     if t_init > last: raise InputError(f't_init {t_init} lies beyond the teacher\'s last time, {last}; leave it out to have it derived')
     teacher.check_start(t_init); recipe = recipe_of(config, t_init, schedule.usual)
-    for law in (recipe.law, recipe.law_fake or recipe.law): schedule.sample_time(1, recipe.t_min, recipe.t_max, law=law)
+    for law in (recipe.timestep_sampling, recipe.timestep_sampling_fake or recipe.timestep_sampling): schedule.sample_time(1, recipe.t_min, recipe.t_max, law=law)
     return recipe
 LIGHT = 1_000_000_000 # weights; heavier text encoders are opened in another precision on another device
 def fingerprint(teacher)->str: # SHA-256
@@ -173,11 +173,11 @@ def fingerprint(teacher)->str: # SHA-256
     return digest.hexdigest()
 def opponent(config:Config, teacher)->tuple[Adversary|None, torch.Tensor|None]: # and the real pictures' latents
     "SiDA's adversary, if there are real pictures; raises `InputError` for a layer or folder that is none"
-    if not config.real: return None, None
-    return adversary_of(config, teacher), encode_folder(teacher, Path(config.real).expanduser())
+    if not config.real_images: return None, None
+    return adversary_of(config, teacher), encode_folder(teacher, Path(config.real_images).expanduser())
 def adversary_of(config:Config, teacher)->Adversary:
     "SiDA's adversary; raises `InputError` for a layer that is none"
-    rival = Adversary(config.gan_layer, config.gan_learn, push=config.gan_push, rests=config.gan_rests, begins=config.gan_begins)
+    rival = Adversary(config.gan_layer, config.gan_weight_discriminator, push=config.gan_weight_generator, rests=config.gan_freeze_generator_until, begins=config.gan_start)
     with rival.listen(teacher.denoiser): pass                                          # is there such a layer?
     return rival
 def check_inputs(config:Config, team:Team):
@@ -191,30 +191,30 @@ def check_inputs(config:Config, team:Team):
         return
     find_prompts(config, team); teacher = open_teacher(config.teacher, 'meta', prediction_type=config.prediction_type)
     timed(config, teacher); check_lora(config, teacher)
-    if config.real: adversary_of(config, teacher); images_from_folder(Path(config.real).expanduser())
-    make_adam([torch.nn.Parameter(torch.zeros(1))], bits=config.bits)                  # is the package there?
+    if config.real_images: adversary_of(config, teacher); images_from_folder(Path(config.real_images).expanduser())
+    make_adam([torch.nn.Parameter(torch.zeros(1))], use_8bit_adam=config.use_8bit_adam)                  # is the package there?
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
     "Everything a run needs; raises `InputError` for input that cannot work"
     team = team or Team(config.device); config = team.agreed(lambda: settle(config, team.world)); allow_tf32(config.tf32)
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # shapes stay the same all run: let cuDNN try its kernels once
     prompts = find_prompts(config, team)
-    teacher = teacher or team.agreed(lambda: open_teacher(config.teacher, team.device, prediction_type=config.prediction_type)); teacher.vae_rests = config.vae_rests
+    teacher = teacher or team.agreed(lambda: open_teacher(config.teacher, team.device, prediction_type=config.prediction_type)); teacher.vae_rests = 'cpu' if 'vae' in config.offload else ''
     sha = fingerprint(teacher); team.same({'the content of the teacher': sha[:12]})
-    if config.vae_rests: teacher.vae.to(config.vae_rests)
+    if teacher.vae_rests: teacher.vae.to(teacher.vae_rests)
     recipe, (rival, real), (judge, *students) = team.agreed(lambda: (timed(config, teacher), opponent(config, teacher), networks(config, teacher)))
     prompts = prompts or prompts_from_list(teacher.prompts); team.same({'the number of real pictures': str(real is not None and len(real))})
-    ema = EMA(students[1], config.ema_halflife, config.ema_rampup, config.ema_device or None)
-    learners = [make_learner(team, net, lr, config.precision, config.shard, config.clip, config.eps, config.bits) for net, lr in zip(students, (config.lr_fake, config.lr))]
-    if config.shard: slices(team, judge), slices(team, ema.net)
-    game = Game(judge, *learners, teacher.text.null(), recipe, config.sequential or config.lora != 'none', rival)
+    ema = EMA(students[1], config.ema_halflife, config.ema_rampup, 'cpu' if 'ema' in config.offload else None)
+    learners = [make_learner(team, net, lr, config.precision, config.fsdp, config.clip_grad_value, config.adam_epsilon, config.use_8bit_adam) for net, lr in zip(students, (config.lr_fake, config.lr))]
+    if config.fsdp: slices(team, judge), slices(team, ema.net)
+    game = Game(judge, *learners, teacher.text.null(), recipe, config.sequential_gradient or config.lora != 'none', rival)
     return Job(config, team, teacher, game, ema, prompts, PromptStream(prompts, config.seed), rng(config.seed, team.device), rng(config.seed + 1), real=real, teacher_sha=sha)
 
 # %% ../../nbs/6_training/06_trainer.ipynb #6b39c05e
 def iterate(job:Job):
     "The run as an iterator: `distill` on the config's prompts and seeds"
     c, r = job.config, job.game.recipe
-    batches = text_batches(job.stream, job.teacher.text, c.batch, c.micro, c.p_drop*r.kappa.drops_prompts, job.drops, job.team.shard)
-    real = None if job.real is None else real_batches(job.real, c.batch, c.micro, c.seed + 2, job.nimg, job.team.shard, job.team.device)
+    batches = text_batches(job.stream, job.teacher.text, c.total_batch_size, c.micro_batch, c.proportion_empty_prompts*r.kappa.drops_prompts, job.drops, job.team.shard)
+    real = None if job.real is None else real_batches(job.real, c.total_batch_size, c.micro_batch, c.seed + 2, job.nimg, job.team.shard, job.team.device)
     return distill(job.game, batches, job.teacher.latent_shape, rng=job.dice, ema=job.ema, nimg=job.nimg, shard=job.team.shard, real=real)
 
 # %% ../../nbs/6_training/06_trainer.ipynb #68eabc3e
@@ -229,7 +229,7 @@ def restore(job:Job, state:dict):
     if state['prompts'] != job.prompts.sha256: raise InputError(f'the prompts have changed since this run began (sha256 {state["prompts"][:12]}, now {job.prompts.sha256[:12]}); restore them, or start a new run')
     if state['teacher'] != job.teacher_sha: raise InputError(f'teacher {job.config.teacher!r} is another than when this run began (fingerprint {state["teacher"][:12]}, now {job.teacher_sha[:12]}); give the same weights and schedule, wherever they lie: --teacher PATH')
     for thing, k in ((job.game.fake.net, 'fake'), (job.game.generator.net, 'generator'), (job.ema.net, 'ema'), (job.game.fake.optimizer, 'opt_fake'), (job.game.generator.optimizer, 'opt_generator')):
-        thing.load_state_dict(cut_like(state[k], thing.state_dict()) if job.config.shard else state[k])
+        thing.load_state_dict(cut_like(state[k], thing.state_dict()) if job.config.fsdp else state[k])
     for k, l in job.learners.items():
         if l.scaler and state[f'scaler_{k}']: l.scaler.load_state_dict(state[f'scaler_{k}'])
     job.nimg, job.stream.position = state['nimg'], state['position']
@@ -261,7 +261,7 @@ def check_folder(job:Job, folder:Path, patience:float=2.): # seconds that a netw
     if blind and team.main: print(f'the run folder {folder} is on {socket.gethostname()} alone ({len(blind)} process(es) on {", ".join(sorted(set(blind)))} do not see it): all is written there, and checkpoints are read there and sent to the others')
 def require_space(job:Job, folder:Path):
     "Raise `InputError` where not even one checkpoint fits"
-    nets = [l.net for l in job.learners.values()]; moments = sum(p.numel()*p.element_size()*job.config.bits//32 for n in nets for p in n.parameters() if p.requires_grad)
+    nets = [l.net for l in job.learners.values()]; moments = sum(p.numel()*p.element_size()//(4 if job.config.use_8bit_adam else 1) for n in nets for p in n.parameters() if p.requires_grad)
     need, free = moments + sum(v.numel()*v.element_size() for n in (*nets, job.ema.net) for v in n.state_dict().values()), shutil.disk_usage(folder).free
     if free < need: raise InputError(f'{folder} has {free/2**30:.3g} GiB free, and one checkpoint takes {need/2**30:.3g}; free some space, or give --out on another disk')
 def remember(job:Job, folder:Path):
@@ -296,7 +296,7 @@ def open_run(config:Config, team:Team|None=None)->tuple[Job, Path]: # the job, i
     except CheckpointError as e: raise as_input(e) from e
     job = setup(config, team); team.agreed(lambda: restore(job, state)); check_folder(job, folder)
     for learner, lr in ((job.game.fake, config.lr_fake), (job.game.generator, config.lr)):
-        for group in learner.optimizer.param_groups: group.update(lr=lr, eps=config.eps or precision_of(config.precision).eps)    # the config's, not the checkpoint's
+        for group in learner.optimizer.param_groups: group.update(lr=lr, eps=config.adam_epsilon or precision_of(config.precision).eps)    # the config's, not the checkpoint's
     team.first(lambda: ((folder/'samples').mkdir(exist_ok=True), remember(job, folder))[0])
     if team.main: atomic_write(folder/'config.json', json.dumps(asdict(replace(config, resume='')), indent=1) + '\n')
     say(f'resuming {folder} at {job.nimg} images (checkpoint {name})' + (f'; changed settings: {", ".join(changed)}' if changed else ''))
@@ -307,7 +307,7 @@ def student_name(steps:int)->str: return f'student, {dict([(1, "one"), (2, "two"
 def ways_to_draw(job:Job)->dict: # name: `(prompts, seeds) -> pictures`
     "The rows of the sheets"
     c, t_init = job.config, job.game.recipe.t_init
-    students = {student_name(k): student_draw(job.teacher, job.ema.net, t_init, k) for k in sorted({1, 2, 4, c.steps}) if k == 1 or not isinstance(t_init, int) or k <= t_init}
+    students = {student_name(k): student_draw(job.teacher, job.ema.net, t_init, k) for k in sorted({1, 2, 4, c.student_steps}) if k == 1 or not isinstance(t_init, int) or k <= t_init}
     return {'undistilled, one step': student_draw(job.teacher, job.teacher.denoiser, t_init), **students,
             f'teacher, {c.teacher_steps} steps, CFG {c.teacher_kappa:g}': many_step_draw(job.teacher, c.teacher_kappa, c.teacher_steps)}
 class Sheets:
@@ -316,7 +316,7 @@ class Sheets:
         self.job, self.folder, self.fixed = job, folder, {}
     def rows(self)->dict: # name: pictures [8,3,H,W]
         "The pictures of all ways of drawing, with a bar when it takes long"
-        prompts, size = PromptStream(self.job.prompts, self.job.config.seed).take(8), self.job.config.micro or self.job.config.batch
+        prompts, size = PromptStream(self.job.prompts, self.job.config.seed).take(8), self.job.config.micro_batch or self.job.config.total_batch_size
         ways = {k: d for k, d in ways_to_draw(self.job).items() if k not in self.fixed}; made = dict(self.fixed)
         with tqdm(total=8*len(ways), desc='drawing a sheet', unit='picture', delay=3, leave=False, disable=not self.job.team.main) as bar:
             for k, d in ways.items(): made[k] = in_parts(lambda p, s: (d(p, s), bar.update(len(p)))[0], size)(prompts, range(8))
@@ -336,7 +336,7 @@ def closing_table(job:Job, progress=tqdm)->list[TinyScore]:
     c, say, scorer, scores = job.config, print if job.team.main else lambda *_, **k: None, TinyClip(), []
     say(f'n = {c.n_eval} pictures each, seed {c.seed}, bundled scorer, reference: 10,000 real pictures', TINY_HEADER, sep='\n')
     for name, draw in ways_to_draw(job).items():
-        if 'student' in name and name != student_name(c.steps): continue
+        if 'student' in name and name != student_name(c.student_steps): continue
         scores.append(tiny_score(name, draw, scorer, n=c.n_eval, seed=c.seed, progress=lambda it: progress(list(it), desc=name, leave=False, disable=not job.team.main)))
         say(scores[-1].row(), flush=True)
     return scores
@@ -346,13 +346,13 @@ def feature_network(file:str, device:str)->FeatureNetwork:
     return bundled_feature_network(device=device) if file == 'bundled' else load_inception(file or None, device)
 def score_now(job:Job)->dict:
     "For a line of the log: tiny-FD and concept accuracy in the bundled world, else FID, KID, precision and recall against a folder"
-    c, team, draw = job.config, job.team, student_draw(job.teacher, job.ema.net, job.game.recipe.t_init, job.config.steps)
+    c, team, draw = job.config, job.team, student_draw(job.teacher, job.ema.net, job.game.recipe.t_init, job.config.student_steps)
     if not c.eval_reference:
         s = tiny_score('now', draw, TinyClip(), n=c.n_eval, seed=c.seed)
         return dict(tiny_fd=round(s.tiny_fd, 4), concept=round(s.concept, 4))
     features = feature_network(c.inception, str(team.device)); protocol = replace(PROTOCOLS['folder-vs-folder'], name='during the run', n=c.n_eval, features=features.name, subset_size=min(1000, c.n_eval))
-    images = generated_images(draw, PromptStream(job.prompts, c.seed).take(c.n_eval), range(c.seed, c.seed + c.n_eval), c.micro)
-    shard = dict(world=team.world, rank=team.rank) if not c.shard else {}               # slices have to be asked by all together
+    images = generated_images(draw, PromptStream(job.prompts, c.seed).take(c.n_eval), range(c.seed, c.seed + c.n_eval), c.micro_batch)
+    shard = dict(world=team.world, rank=team.rank) if not c.fsdp else {}               # slices have to be asked by all together
     with one_line_warnings(team.main): r = score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard)
     return {k: round(v, 5) for k, v in r.values.items()}
 
@@ -361,7 +361,7 @@ class Diverged(RunError): "The run went wrong for too long; the last good state 
 class Watch:
     "The alarm of a run: puts it on the line, draws what the judges see, and counts"
     def __init__(self, job:Job, rows:list[dict], sheets):
-        self.job, self.sheets, self.band, self.bad = job, sheets, Band(job.config.alarm), 0
+        self.job, self.sheets, self.band, self.bad = job, sheets, Band(job.config.divergence_factor), 0
         for row in rows: self.band.out(row)                                            # a resumed run knows what is normal
     def __call__(self, row:dict, last:SimpleNamespace)->dict: # what to add to the line
         scale = {f'scale_{k}': l.scaler.get_scale() for k, l in self.job.learners.items() if l.scaler}
@@ -370,13 +370,13 @@ class Watch:
         self.bad = self.bad + row['iterations'] if wild else 0
         return scale | (dict(alarm=wild) if wild else {})
     @property
-    def hopeless(self)->bool: return self.bad >= self.job.config.patience
+    def hopeless(self)->bool: return self.bad >= self.job.config.divergence_patience
 
 # %% ../../nbs/6_training/06_trainer.ipynb #8333a166
 def save(job:Job, folder:Path):
     "Write a checkpoint: all processes gather, the first one writes, all hear if it failed"
     state = state_of(job)
-    job.team.first(lambda: str(save_checkpoint(folder/'checkpoints', job.nimg, state, job.config.keep)))
+    job.team.first(lambda: str(save_checkpoint(folder/'checkpoints', job.nimg, state, job.config.checkpoints_total_limit)))
 def unharmed(what:str, work:Callable, say=print):
     "Do something that a run can do without; what went wrong is said in one line"
     try: work()
@@ -384,15 +384,15 @@ def unharmed(what:str, work:Callable, say=print):
 def follow(job:Job, folder:Path, sheets, stop)->bool: # True if it was asked to stop
     "Run to the end or until `stop.is_set()`, keeping log.jsonl, curves.png, samples/ and checkpoints/ up to date; raises `Diverged`"
     c, team, log = job.config, job.team, Log(folder/'log.jsonl', job.nimg, job.team)
-    due = lambda every: every and job.nimg//every > (job.nimg - c.batch)//every
+    due = lambda every: every and job.nimg//every > (job.nimg - c.total_batch_size)//every
     log.rows = team.tell(log.rows)                                                       # an alarm has to go off in all
     watch, to = Watch(job, log.rows, sheets), tracker(c, folder, team, log.rows)
     say = tqdm.write if team.main else lambda *_: None
     if team.any(stop.is_set()) and not team.tell(bool(checkpoints(folder/'checkpoints'))): save(job, folder)
-    with tqdm(total=c.nimg, initial=job.nimg, unit='img', smoothing=.05, disable=not team.main) as bar:
-        for s in iterate(job) if job.nimg < c.nimg and not team.any(stop.is_set()) else ():
-            job.nimg = s.nimg; log.add(s); bar.update(c.batch)
-            stopped = team.any(stop.is_set()); done = stopped or s.nimg >= c.nimg
+    with tqdm(total=c.max_train_images, initial=job.nimg, unit='img', smoothing=.05, disable=not team.main) as bar:
+        for s in iterate(job) if job.nimg < c.max_train_images and not team.any(stop.is_set()) else ():
+            job.nimg = s.nimg; log.add(s); bar.update(c.total_batch_size)
+            stopped = team.any(stop.is_set()); done = stopped or s.nimg >= c.max_train_images
             keep = done or due(c.checkpoint_every)
             if keep or due(c.log_every) or due(c.eval_every):
                 row = log.write(lambda row: watch(row, s.gen.last) | (score_now(job) if due(c.eval_every) and not stopped else {}))
@@ -404,18 +404,18 @@ def follow(job:Job, folder:Path, sheets, stop)->bool: # True if it was asked to 
             if team.main and (done or due(c.sample_every)): unharmed('curves.png', lambda: curves(log.rows, folder/'curves.png', f'{folder.name}: {label(c)}'), say)
             if done: break
         unharmed('the tracker', to.end, say)
-        return team.any(stop.is_set()) and job.nimg < c.nimg
+        return team.any(stop.is_set()) and job.nimg < c.max_train_images
 
 # %% ../../nbs/6_training/06_trainer.ipynb #2a7d1436
 def leave_house(job:Job, folder:Path):
     "Export the average as a stock pipeline, whole and on the CPU; all processes must call it"
-    if job.config.shard:
+    if job.config.fsdp:
         state = whole(job.ema.net.net.state_dict()); blank = job.ema.net.blank(); blank.load_state_dict(state)
         net = job.ema.net.around(blank)
     else: net = plain_copy(job.ema.net)
     job.teacher.vae.to('cpu')
     job.team.first(lambda: str(save_student(job.teacher, net, folder/'generator', job.game.recipe.t_init)))
-    job.teacher.vae.to(job.config.vae_rests or job.team.device)
+    job.teacher.vae.to(job.teacher.vae_rests or job.team.device)
 def go_back(job:Job, folder:Path):
     "Take the last good state: what was learnt since the alarm is worth nothing"
     try: restore(job, newest_state(folder, job.team)[1])
@@ -456,9 +456,9 @@ def finished(config:Config)->Path|None: # its folder
     differences(saved_config(folder, lambda line: None), config)
     known = read_json_or({}, folder/'closing.json', lambda line: None); nimg = known.get('nimg', 0); kept = checkpoints(folder/'checkpoints')
     if not (isinstance(nimg, int) and (folder/'generator').is_dir()) or kept and int(kept[0].name) != nimg: return None
-    if not kept and nimg < config.nimg and nimg: raise InputError(f'{folder} ended at {nimg} images and its checkpoints are gone, so it cannot go on; give another --out, or --nimg {nimg}')
+    if not kept and nimg < config.max_train_images and nimg: raise InputError(f'{folder} ended at {nimg} images and its checkpoints are gone, so it cannot go on; give another --out, or --max-train-images {nimg}')
     wanted = {'generator', 'card'} | ({'scores'} if config.n_eval and config.teacher == 'embedded' else set())
-    return folder if nimg >= config.nimg and wanted <= {*closing_done(folder, nimg)} else None
+    return folder if nimg >= config.max_train_images and wanted <= {*closing_done(folder, nimg)} else None
 def run(job:Job, folder:Path, stop)->list[str]: # closing steps that failed
     "Everything after the setting up; raises `Diverged` for a run that went wrong"
     config, team = job.config, job.team; say = print if team.main else lambda *_: None
@@ -468,8 +468,8 @@ def run(job:Job, folder:Path, stop)->list[str]: # closing steps that failed
     try: stopped = follow(job, folder, sheets, stop)
     except Diverged as e:
         go_back(job, folder); leave_house(job, folder); team.leave()
-        raise Diverged(f'{e}; generator/ holds the last good average, of {job.nimg} images. Try a lower --lr, less --kappa or another --precision, and --resume {folder}') from None
-    if stopped: say(f'stopped at {job.nimg} of {config.nimg} images, go on with: sid-lsg distill --resume {folder}')
+        raise Diverged(f'{e}; generator/ holds the last good average, of {job.nimg} images. Try a lower --lr, less --kappa or another --mixed-precision, and --resume {folder}') from None
+    if stopped: say(f'stopped at {job.nimg} of {config.max_train_images} images, go on with: sid-lsg distill --resume {folder}')
     failed = close(job, folder, stopped, stop)
     if 'generator' not in failed: say(f'saved the EMA generator in {folder}/generator')
     return failed
@@ -485,7 +485,7 @@ def train(config:Config=Config())->Path|None: # the run folder
         return None
     with redirect_stdout(Tolerant(sys.stdout)), redirect_stderr(Tolerant(sys.stderr)), stop_flag() as stop:
         if (folder := team.first(lambda: finished(config))) is not None:
-            if team.main: print(f'{folder} is finished: generator/ holds the average of {config.nimg} images or more; a larger --nimg goes on')
+            if team.main: print(f'{folder} is finished: generator/ holds the average of {config.max_train_images} images or more; a larger --max-train-images goes on')
             team.leave(); return folder
         try:
             job, folder = open_run(config, team)
@@ -493,7 +493,7 @@ def train(config:Config=Config())->Path|None: # the run folder
             failed = run(job, folder, stop)
         except OSError as e:
             if e.errno not in FULL: raise
-            raise RunError(f'{e}; free some space and go on: the same command with --resume auto, or --resume FOLDER') from e
+            raise RunError(f'{e}; free some space and go on: the same command with --resume latest, or --resume FOLDER') from e
         finally:
             for lock in locks: lock.release()
         team.leave()
