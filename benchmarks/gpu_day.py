@@ -299,13 +299,13 @@ def small(r:Report):
     import torch
     from sid_lsg_nb.commands.bench import measure
     from sid_lsg_nb.training.memory import SHAPES, budget, meta_unet
-    from sid_lsg_nb.training.config import shapes_of
+    from sid_lsg_nb.training.config import teacher_shapes
     device, home = device_of(r.o), Path(tempfile.mkdtemp())
     for gb, more in ((24, dict(sequential_gradient=True)), (12, dict(lora='both'))):
         settings, low = dict(micro_batch=1, gradient_checkpointing=True) | more, 'bf16' if r.o.tiny else 'fp16'
         with r.attempt(f'gb{gb}'):
             if device.type == 'cuda': torch.cuda.set_per_process_memory_fraction(min(1., gb*1e9/torch.cuda.mem_get_info()[1]))
-            shapes = shapes_of(str(home/'tiny')) if r.o.tiny and small_teacher(r.o, home) else SHAPES['sd15']
+            shapes = teacher_shapes(str(home/'tiny')) if r.o.tiny and small_teacher(r.o, home) else SHAPES['sd15']
             counted = sum(budget(meta_unet(shapes[0]), *shapes[1:], **settings | dict(precision=low, sequential_gradient=True)).values())/2**30
             found = measure(bench_of(settings | dict(mixed_precision=low, device=str(device), repeat=1 if r.o.tiny else 3)), small_teacher(r.o, home)); peak = found['peak_gib']
             r.add(**{f'gb{gb}': found | dict(cap_gb=gb, counted_gib=round(counted, 3), ok=None if peak is None else abs(peak/counted - 1) < GOALS['peak'])})

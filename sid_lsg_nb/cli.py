@@ -11,12 +11,13 @@ import tyro
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
-from .training.config import PRESETS, USUAL, Config, check, resume_folder, saved_config
+from .training.config import PRESETS, DEFAULT_PRESETS, Config, check, resume_folder, saved_config
 from .commands.status import status
 
 # %% auto #0
-__all__ = ['COMMANDS', 'free_folder', 'run_around', 'say_strangers', 'sample', 'several', 'flag', 'pipeline_name', 'usual_preset',
-           'defaults_of', 'tell_status', 'command_of', 'parse', 'quiet', 'read', 'tell', 'main']
+__all__ = ['COMMANDS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'sample', 'is_distributed', 'last_value',
+           'pipeline_name', 'default_preset', 'defaults_of', 'print_status', 'command_of', 'parse', 'silence_libraries',
+           'read_command', 'print_error', 'main']
 
 # %% ../nbs/7_commands/06_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -26,12 +27,12 @@ def free_folder(root:str)->Path:
     return folder
 
 # %% ../nbs/7_commands/06_cli.ipynb #c8881af7
-def run_around(student:str)->Config:
+def find_run_config(student:str)->Config:
     "The settings of the run that a generator belongs to; those of no run where there is none"
     path = Path(student).expanduser(); run = path.parent if path.name == 'generator' else path
     try: return saved_config(run)
     except (InputError, ValueError, TypeError): return Config(teacher='unknown')
-def say_strangers(prompts:list[str]):
+def warn_unknown_words(prompts:list[str]):
     "One line if prompts are made of words that the bundled teacher has never seen"
     from sid_lsg_nb.data.prompts import unfamiliar_prompts
     if new := unfamiliar_prompts(prompts): print(f'note: the bundled teacher knows some emoji on plain grounds; most words of {len(new)} of {len(prompts)} prompt(s) are new to it, as in {new[0][:80]!r}, and will not be seen')
@@ -43,12 +44,12 @@ def sample(args:Sample)->Path: # the folder
     from sid_lsg_nb.teachers.registry import open_student
     prompts = [*args.text, *(open_prompts(args.prompts) if args.prompts else [])]
     if not prompts: raise InputError('no prompt given; add one in quotes: sid-lsg sample RUN "a 3d fox on a white background", or --prompts FILE')
-    run = run_around(args.student); steps = run.student_steps if args.steps is None else args.steps
+    run = find_run_config(args.student); steps = run.student_steps if args.steps is None else args.steps
     if steps < 1 or args.batch < 1: raise InputError(f'steps {steps} and batch {args.batch} must be at least 1')
     folder = Path(args.out).expanduser() if args.out else free_folder('pictures')
     if folder.exists(): raise InputError(f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N')
     student = open_student(args.student, pick_device(args.device))
-    if run.teacher == 'embedded': say_strangers(prompts)
+    if run.teacher == 'embedded': warn_unknown_words(prompts)
     folder.mkdir(parents=True); every = []
     for i in tqdm(range(0, len(prompts), args.batch), unit='batch', disable=len(prompts) <= args.batch):
         every.append(student(prompts[i:i + args.batch], range(args.seed + i, args.seed + min(i + args.batch, len(prompts))), steps).cpu())
@@ -59,10 +60,10 @@ def sample(args:Sample)->Path: # the folder
     return folder
 
 # %% ../nbs/7_commands/06_cli.ipynb #748c32e8
-def several()->bool:
+def is_distributed()->bool:
     "Was this process started as one of several?"
     return os.environ.get('WORLD_SIZE', '1') not in ('', '0', '1')
-def flag(argv:list[str], name:str, default:str='')->str:
+def last_value(argv:list[str], name:str, default:str='')->str:
     "The last value given for one flag, before the others can be parsed"
     given = [a.split('=', 1)[1] if '=' in a else (argv + [''])[i + 1] for i, a in enumerate(argv) if a == name or a.startswith(name + '=')]
     return given[-1] if given else default
@@ -72,25 +73,25 @@ def pipeline_name(folder:Path)->str:
     "The class that a folder's model_index.json names; '' if that cannot be told from it"
     try: return json.loads((folder/'model_index.json').read_text(encoding='utf-8')).get('_class_name', '')
     except (OSError, ValueError, AttributeError): return ''
-def usual_preset(teacher:str)->str:
+def default_preset(teacher:str)->str:
     "The row to start from when none is named: by the teacher's family; Stable Diffusion's for a hub id; raises `InputError` for a file or folder that is no teacher"
     folder = Path(teacher).expanduser()
     if teacher == 'embedded': return teacher
-    if not folder.exists(): return USUAL['StableDiffusionPipeline']                        # a hub id or a typing error: known when it is opened
-    if usual := USUAL.get(pipeline_name(folder)): return usual
+    if not folder.exists(): return DEFAULT_PRESETS['StableDiffusionPipeline']                        # a hub id or a typing error: known when it is opened
+    if usual := DEFAULT_PRESETS.get(pipeline_name(folder)): return usual
     from sid_lsg_nb.teachers.registry import family_of
-    return USUAL[family_of(teacher)]
+    return DEFAULT_PRESETS[family_of(teacher)]
 def defaults_of(argv:list[str])->Config:
     "What holds for all settings that are not given: the resumed run's, the preset's; without a preset `embedded`, or that of the other teacher's family"
-    name = flag(argv, '--preset') or usual_preset(flag(argv, '--teacher', 'embedded'))
+    name = last_value(argv, '--preset') or default_preset(last_value(argv, '--teacher', 'embedded'))
     if name not in PRESETS: raise InputError(f'preset {name!r} is not known; use one of {", ".join(PRESETS)}')
-    folder = resume_folder(Config(preset=name, resume=flag(argv, '--resume'), out=flag(argv, '--out')))
-    first = not several() or os.environ.get('RANK') == '0'
+    folder = resume_folder(Config(preset=name, resume=last_value(argv, '--resume'), out=last_value(argv, '--out')))
+    first = not is_distributed() or os.environ.get('RANK') == '0'
     if folder is None or not first and not (folder/'config.json').is_file(): return PRESETS[name]     # the first process's settings will hold
     return saved_config(folder)
 
 # %% ../nbs/7_commands/06_cli.ipynb #6a4b94f8
-def tell_status(args:Status):
+def print_status(args:Status):
     "Print a few lines per run; raises `InputError` if there is none"
     runs = args.run or tuple(str(p.parent) for p in sorted(Path('runs').glob('*/config.json')))
     if not runs: raise InputError('there is no run below runs/; give a run folder: sid-lsg status FOLDER')
@@ -100,7 +101,7 @@ def tell_status(args:Status):
 COMMANDS = { # dataclass: (name, what it does, module and function, imported only when it is called)
     Config: ('distill', 'Distil a text-to-image teacher into a one-step generator. No option is needed: the bundled teacher, on any laptop, in minutes. Several processes: torchrun --nproc-per-node N -m sid_lsg_nb.cli distill ... Presets: ' + ', '.join(PRESETS), 'training.trainer.train'),
     Sample: ('sample', 'Draw pictures with a distilled generator.', 'cli.sample'),
-    Status: ('status', 'Say where runs stand: how far, how fast, what happened, what is saved.', 'cli.tell_status'),
+    Status: ('status', 'Say where runs stand: how far, how fast, what happened, what is saved.', 'cli.print_status'),
     Evaluate: ('evaluate', 'Score a run, a pipeline or a folder of pictures by a named protocol.', 'commands.compare.evaluate'),
     Compare: ('compare', 'One self-contained page: runs side by side, pictures at the same noise and prompts.', 'commands.compare.compare'),
     Export: ('export', 'Write what leaves the house: single file, LoRA, ONNX, fp16 files, model card.', 'commands.convert.export_to'),
@@ -117,7 +118,7 @@ def parse(argv:list[str]): # an instance of one of the dataclasses
     return tyro.cli(Union[tuple(rows)], prog='sid-lsg', args=argv, description='Turn a text-to-image diffusion model into a one-step generator (SiD-LSG), with no training images.', config=(tyro.conf.OmitSubcommandPrefixes,))
 
 # %% ../nbs/7_commands/06_cli.ipynb #2383dddd
-def quiet():
+def silence_libraries():
     "No loading bars and no warnings from the libraries underneath"
     import diffusers, transformers
     for library in (diffusers, transformers):
@@ -127,17 +128,17 @@ def quiet():
     warnings.filterwarnings('ignore', module='huggingface_hub|diffusers|transformers|open_clip|torch')
 
 # %% ../nbs/7_commands/06_cli.ipynb #ae38bc47
-def read(argv:list[str]): # an instance of one of the dataclasses
+def read_command(argv:list[str]): # an instance of one of the dataclasses
     "`parse`, and numbers that cannot work are told before the long imports; what is wrong in one of several processes is raised in all"
-    if several() and argv[:1] == ['distill']:
+    if is_distributed() and argv[:1] == ['distill']:
         from sid_lsg_nb.training.distributed import heard_by_all
-        with heard_by_all(flag(argv, '--device', 'auto')): return parse(argv)
+        with heard_by_all(last_value(argv, '--device', 'auto')): return parse(argv)
     args = parse(argv)
     return check(args) if isinstance(args, Config) else args
-def tell(error:Exception):
+def print_error(error:Exception):
     "One line for an error that ends the command; of several processes one speaks"
     from_here = str(error)
-    if several():
+    if is_distributed():
         from sid_lsg_nb.training.distributed import said_here
         from_here = said_here(error, os.environ)
     if from_here: print(f'sid-lsg: {from_here}', file=sys.stderr)
@@ -148,11 +149,11 @@ def main(argv:list[str]|None=None)->int: # exit status
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')            # a terminal that cannot show a letter
     if '--version' in argv: print(f'sid-lsg {__version__}'); return 0
     try:
-        args = read(argv)
-        if not isinstance(args, Status): quiet()
+        args = read_command(argv)
+        if not isinstance(args, Status): silence_libraries()
         command_of(args)(args)
     except (InputError, RunError) as e:
-        tell(e)
+        print_error(e)
         return 2 if isinstance(e, InputError) else 1
     except KeyboardInterrupt:
         print('\nsid-lsg: interrupted; everything reported as saved is on disk', file=sys.stderr)

@@ -62,12 +62,12 @@ def test_a_state_comes_back_whole(tmp_path, monkeypatch):
 def test_a_dry_run_names_the_card_and_is_silent_elsewhere(tmp_path, monkeypatch, capsys):
     from dataclasses import asdict, replace
     from sid_lsg_nb.commands.bench import Bench
-    from sid_lsg_nb.training.config import PRESETS, how_long, plan, settle
-    config = settle(replace(PRESETS['sd15-lsg-1.5'], max_train_images=360_000))
+    from sid_lsg_nb.training.config import PRESETS, estimate_time, dry_run, resolve
+    config = resolve(replace(PRESETS['sd15-lsg-1.5'], max_train_images=360_000))
     (tmp_path/'gpu-fp32-4.json').write_text(json.dumps(dict(machine=dict(device='Some Card', date='2026-01-01'), img_per_s=50., settings=asdict(Bench('random-sd15', micro_batch=4)))))
     rows = script('run').speeds(tmp_path)
-    assert 'about 2 hours' in how_long(config, 'Some Card', rows) and 'one Some Card (50 images/s, measured 2026-01-01)' in how_long(config, 'Some Card', rows)
+    assert 'about 2 hours' in estimate_time(config, 'Some Card', rows) and 'one Some Card (50 images/s, measured 2026-01-01)' in estimate_time(config, 'Some Card', rows)
     for other in (dict(mixed_precision='bf16'), dict(micro_batch=2), dict(kappa=1.), dict(lora='both'), dict(teacher='embedded')):
-        assert how_long(replace(config, **other), 'Some Card', rows) == '', other
-    assert how_long(config, 'Another Card', rows) == how_long(config, 'Some Card', []) == ''
-    plan(PRESETS['embedded']); assert 'time:' not in capsys.readouterr().out
+        assert estimate_time(replace(config, **other), 'Some Card', rows) == '', other
+    assert estimate_time(config, 'Another Card', rows) == estimate_time(config, 'Some Card', []) == ''
+    dry_run(PRESETS['embedded']); assert 'time:' not in capsys.readouterr().out

@@ -25,7 +25,7 @@ from ..teachers.edm import is_edm
 from ..training.distributed import Team
 from ..training.memory import SHAPES, budget, meta_unet, print_budget
 from .options import Bench
-from ..training.config import Config, shapes_of
+from ..training.config import Config, teacher_shapes
 from ..training.trainer import Job, iterate, setup
 
 # %% ../../nbs/7_commands/03_bench.ipynb #bddc0078
@@ -104,7 +104,7 @@ def measure(b:Bench, teacher:Teacher|None=None)->dict: # settings, machine, rati
 def bench(b:Bench)->dict|None: # None: only the memory table was wanted
     "Print and keep a measurement; raises `InputError` for input that cannot work"
     if b.micro_batch < 1 or b.repeat < 1: raise InputError(f'micro_batch {b.micro_batch} and repeat {b.repeat} must be at least 1')
-    shapes = SHAPES.get(b.teacher.removeprefix('random-')) or shapes_of(b.teacher)
+    shapes = SHAPES.get(b.teacher.removeprefix('random-')) or teacher_shapes(b.teacher)
     if shapes: print_budget('memory, counted from shapes (workspaces come on top):', counted := budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=b.micro_batch, precision=config_of(b).precision, guided=b.kappa != 1,
         sequential_gradient=b.sequential_gradient or b.lora != 'none', gradient_checkpointing=b.gradient_checkpointing, lora=b.lora, lora_rank=b.lora_rank, offload=b.offload, use_8bit_adam=b.use_8bit_adam))
     if b.memory: return None

@@ -30,8 +30,8 @@ from ..data.images import ImageSet, images_from_folder, generated_images
 from ..metrics.protocols import PROTOCOLS, ClipScore, Protocol, ScoreResult, load_clip_score, incompatible_fields, find_protocol, load_result, one_line_warnings, load_reward, score_images
 from ..training.distributed import Team
 from .options import Compare, Evaluate
-from ..training.config import Config, label, saved_config
-from ..training.log import in_parts, many_step_draw
+from ..training.config import Config, run_title, saved_config
+from ..training.log import in_batches, many_step_draw
 
 # %% ../../nbs/7_commands/04_compare.ipynb #f2182a91
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def facts(s:Subject)->dict[str, str]:
     c, seen = s.config, f'{s.log[-1]["nimg"]:,}' if s.log else 'unknown'
     if c is None: return {'settings': 'unknown, this is no run folder'}
     lr = f'{c.lr:g}' + (f', fake {c.lr_fake:g}' if c.lr_fake != c.lr else '')
-    return {'guidance': label(c), 'images seen': f'{seen} of {c.max_train_images:,}', 'lr': lr, 'precision': f'{c.precision}' + (f', LoRA {c.lora}' if c.lora != 'none' else ''), 'batch': f'{c.total_batch_size}', 'teacher': origin(c.teacher)[0], 'seed': f'{c.seed}'}
+    return {'guidance': run_title(c), 'images seen': f'{seen} of {c.max_train_images:,}', 'lr': lr, 'precision': f'{c.precision}' + (f', LoRA {c.lora}' if c.lora != 'none' else ''), 'batch': f'{c.total_batch_size}', 'teacher': origin(c.teacher)[0], 'seed': f'{c.seed}'}
 def open_run(run:Path)->Subject:
     "A run folder; raises `InputError` for one that cannot be read or has no generator yet"
     try: config = saved_config(run); facts(s := Subject('student', str(run/'generator'), run.resolve().name, run, config, read_log(run/'log.jsonl')))
@@ -363,7 +363,7 @@ def compare(args:Compare)->Path: # the page
     score_tables(subjects); todo = ([('T', t, how)] if t else []) + [(key(i), s, dict(steps=args.steps)) for i, s in enumerate(subjects)]; columns = []
     for k, s, how in tqdm(todo, unit='column', leave=False):
         draw, said = drawn(s, device, **how)
-        columns.append((k, f'{s.name}, {said}', in_parts(draw, args.batch)(prompts, range(args.seed, args.seed + len(prompts)))))
+        columns.append((k, f'{s.name}, {said}', in_batches(draw, args.batch)(prompts, range(args.seed, args.seed + len(prompts)))))
     atomic_write(out, page(subjects, columns, prompts, args))
     print(f'{out}: {len(columns)} columns, {len(prompts)} prompts, {out.stat().st_size/1e6:.1f} MB; open it in a browser')
     return out

@@ -10,7 +10,7 @@ import statistics, time
 from pathlib import Path
 from ..core import DISAGREEMENT
 from ..training.checkpoint import checkpoints
-from ..training.config import label, log_rows, saved_config
+from ..training.config import run_title, log_rows, saved_config
 
 # %% ../../nbs/7_commands/02_status.ipynb #8c268d68
 def status(folder)->str:
@@ -18,7 +18,7 @@ def status(folder)->str:
     folder = Path(folder).expanduser(); config = saved_config(folder); file = folder/'log.jsonl'
     rows, torn = log_rows(file)
     kept = [int(p.name) for p in checkpoints(folder/'checkpoints')]
-    out = [f'{folder}: {label(config)}, teacher {config.teacher}, preset {config.preset}']
+    out = [f'{folder}: {run_title(config)}, teacher {config.teacher}, preset {config.preset}']
     if rows:
         last, speed = rows[-1], statistics.median(r.get('img_per_s', 0.) for r in rows[-20:]); left = max(0, config.max_train_images - last['nimg'])
         out += [f'  {last["nimg"]:,} of {config.max_train_images:,} images ({last["nimg"]/config.max_train_images:.1%}), {speed:.4g} images/s, {left/max(speed, 1e-9)/3600:.2g} h left, last line {(time.time() - file.stat().st_mtime)/60:.0f} min ago',

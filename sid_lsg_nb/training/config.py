@@ -16,10 +16,11 @@ else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
-           'PRESETS', 'USUAL', 'LATEST', 'OURS', 'NUMBERS', 'FIXED', 'Config', 'kappas', 'check', 'at_length',
-           'check_together', 'settle', 'recipe_of', 'label', 'published', 'begun_folder', 'check_out', 'new_folder',
-           'run_folder', 'log_rows', 'fits', 'typed_config', 'saved_config', 'begun', 'resume_folder', 'differences',
-           'shapes_of', 'weights_in', 'how_long', 'plan']
+           'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'Config',
+           'guidance_scales', 'check', 'with_gan_times', 'check_combinations', 'resolve', 'recipe_of', 'run_title',
+           'preset_from_row', 'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type',
+           'config_from_dict', 'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'teacher_shapes',
+           'count_weights', 'estimate_time', 'dry_run']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Config:
         return 'fp32' if self.mixed_precision == 'no' else self.mixed_precision
 
 # %% ../../nbs/6_training/04_config.ipynb #a11f7d08
-def kappas(config:Config)->Kappa:
+def guidance_scales(config:Config)->Kappa:
     "The four guidance scales a config asks for"
     base = Kappa.zero() if config.guidance == 'zero' else getattr(Kappa, config.guidance)(config.kappa)
     own = {k: v for k in ('kappa1', 'kappa2', 'kappa3', 'kappa4') if (v := getattr(config, k)) is not None}
@@ -124,16 +125,16 @@ def check(config:Config)->Config:
     for k in ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start'): must((getattr(config, k) or 0) >= 0, f'{k} {getattr(config, k)} must not be negative')
     for k in ('checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
-    check_together(config)
-    kappas(config)
+    check_combinations(config)
+    guidance_scales(config)
     recipe_of(config, float(config.t_init or 625))                            # what the times mean is the teacher's matter
     return config
-def at_length(config:Config)->Config:
+def with_gan_times(config:Config)->Config:
     "The config with what depends on the length of the run worked out"
     if not config.real_images: return config
     rests, begins = min(100_000, config.max_train_images//10), min(200_000, config.max_train_images//5)            # SiDA's, as far as the run is long enough
     return replace(config, gan_freeze_generator_until=rests if config.gan_freeze_generator_until is None else config.gan_freeze_generator_until, gan_start=begins if config.gan_start is None else config.gan_start)
-def check_together(config:Config):
+def check_combinations(config:Config):
     "Raise `InputError` for settings that exclude each other"
     apart = [('mixed-precision', 'weight-dtype', config.mixed_precision != 'no' and config.weight_dtype != 'fp32', 'with weights in 16 bits everything is computed in them: leave one away'),
              ('lora', 'weight-dtype', config.lora != 'none' and config.weight_dtype != 'fp32', 'take --mixed-precision: the shared weights are in 16 bits then anyway'),
@@ -146,24 +147,24 @@ def check_together(config:Config):
     if config.eval_every and config.teacher != 'embedded' and not config.eval_reference: raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
     for given, what in ((config.eval_reference, 'eval-reference'), (config.real_images, 'real-images'), (config.inception, 'inception')):
         if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what != 'inception' else f'--{what} {given} does not exist; leave it away to have it fetched')
-    timed = at_length(config)
+    timed = with_gan_times(config)
     for when, what in ((timed.gan_freeze_generator_until, 'freeze-generator-until: the generator would not be updated'), (timed.gan_start, 'start: there would be no adversarial loss')):
         if config.real_images and when >= config.max_train_images: raise InputError(f'--gan-{what} for the whole run of {config.max_train_images:,} images; give a number below {config.max_train_images:,}, or a larger --max-train-images')
     if config.report_to != 'none' and importlib.util.find_spec(config.report_to) is None: raise InputError(f'--report-to {config.report_to} needs the package; pip install {config.report_to}')
-def settle(config:Config, world:int=1)->Config:
+def resolve(config:Config, world:int=1)->Config:
     "Checked, with total_batch_size, micro_batch and gradient_accumulation_steps worked out for so many processes; raises `InputError`"
     from sid_lsg_nb.training.distributed import divide
     check(config); batch, micro_batch, gradient_accumulation_steps = divide(config.total_batch_size, config.micro_batch, config.gradient_accumulation_steps, world)
     if config.max_train_images < batch: raise InputError(f'max_train_images {config.max_train_images} is less than one batch of {batch}; give a larger max_train_images')
-    return replace(at_length(config), total_batch_size=batch, micro_batch=micro_batch, gradient_accumulation_steps=gradient_accumulation_steps)
+    return replace(with_gan_times(config), total_batch_size=batch, micro_batch=micro_batch, gradient_accumulation_steps=gradient_accumulation_steps)
 def recipe_of(config:Config, t_init:int|float, usual:tuple=(20, 980))->Recipe: # usual: the schedule's [t_min, t_max); of a table by default
     "The part of the config that the method sees"
     from sid_lsg_nb.method.steps import Recipe
     c, (lo, hi) = config, usual; own = {k: getattr(c, k) for k in ('alpha', 'loss_weight', 'method', 'distance', 'space', 'timestep_sampling', 'timestep_sampling_fake', 'fake_loss_weight', 'student_steps', 'renoise')}
-    return Recipe(kappas(c), t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init, **own)
-def label(config:Config)->str:
+    return Recipe(guidance_scales(c), t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init, **own)
+def run_title(config:Config)->str:
     "kappa1..kappa4 and the loss, for titles"
-    k, c = kappas(config), config; loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method)
+    k, c = guidance_scales(config), config; loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method)
     return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}' + f', {c.student_steps} steps'*(c.student_steps > 1)
 
 # %% ../../nbs/6_training/04_config.ipynb #b09e6191
@@ -205,21 +206,21 @@ PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLI
     'sana-sid-dit':                  (SANA,  'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
     'sd15-lsg-1.5-24gb':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(mixed_precision='fp16', sequential_gradient=True, gradient_checkpointing=True, micro_batch=1, offload=('vae',))),   # ours, for one card
 }
-def published(name:str)->Config:
+def preset_from_row(name:str)->Config:
     "A row as a config"
     teacher, guidance, kappa, kimg, _, _, more = PUBLISHED[name]
     return Config(**dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, max_train_images=kimg*1000, total_batch_size=512, micro_batch=4, lr=1e-6, lr_fake=1e-6, ema_halflife=50_000, ema_rampup=.05,
         log_every=5_120, sample_every=102_400, checkpoint_every=512_000, teacher_kappa=7.5) | more)
-PRESETS = dict(embedded=Config(), **{name: published(name) for name in PUBLISHED})
-USUAL = dict(StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='sdxl-sim', PixArtAlphaPipeline='pixart-sim', PixArtSigmaPipeline='pixart-sim',
+PRESETS = dict(embedded=Config(), **{name: preset_from_row(name) for name in PUBLISHED})
+DEFAULT_PRESETS = dict(StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='sdxl-sim', PixArtAlphaPipeline='pixart-sim', PixArtSigmaPipeline='pixart-sim',
     StableDiffusion3Pipeline='sd3-sid-dit', SanaPipeline='sana-sid-dit', EDM='cifar10-sid') # the row to start from, by the teacher's family, if none is named
 
 # %% ../../nbs/6_training/04_config.ipynb #c12fd6eb
 LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
-OURS = 'config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png', 'samples', 'checkpoints', 'generator', 'tensorboard'
-def begun_folder(folder:Path)->Path:
+RUN_FILES = 'config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png', 'samples', 'checkpoints', 'generator', 'tensorboard'
+def require_run_folder(folder:Path)->Path:
     "A folder where a run began and reached no checkpoint; raises `InputError` for one that holds anything else"
-    others = [p.name for p in folder.iterdir() if p.name not in OURS and p.name[0] != '.'] if folder.is_dir() else [folder.name]
+    others = [p.name for p in folder.iterdir() if p.name not in RUN_FILES and p.name[0] != '.'] if folder.is_dir() else [folder.name]
     if others and not (folder/'config.json').is_file():
         raise InputError(f'--out {folder} exists and is no run folder (it holds {others[0]!r}); choose another folder')
     return folder
@@ -227,7 +228,7 @@ def check_out(config:Config):
     "Raise `InputError` if the folder of a new run exists and cannot be taken"
     folder = Path(config.out).expanduser()
     if not config.out or not folder.exists(): return
-    if config.resume == LATEST: begun_folder(folder); return
+    if config.resume == LATEST: require_run_folder(folder); return
     raise InputError(f'--out {config.out} exists; choose another folder, leave --out away for the next free runs/{config.preset}-N, or go on with it: --resume latest')
 def new_folder(config:Config)->Path:
     "Make the run's folder; two processes never get the same; raises `InputError` if a given one exists"
@@ -245,65 +246,65 @@ def run_folder(config:Config)->Path:
     folder = new_folder(config)
     for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()                           # of an attempt that reached no checkpoint
     (folder/'samples').mkdir(exist_ok=True)
-    atomic_write(folder/'config.json', json.dumps(asdict(at_length(replace(config, resume=''))), indent=1) + '\n')
+    atomic_write(folder/'config.json', json.dumps(asdict(with_gan_times(replace(config, resume=''))), indent=1) + '\n')
     return folder
 
 # %% ../../nbs/6_training/04_config.ipynb #ccd88018
-NUMBERS = 'nimg', 'fisher', 'loss', 'norm', 'loss_fake', 'norm_fake'
+LOG_COLUMNS = 'nimg', 'fisher', 'loss', 'norm', 'loss_fake', 'norm_fake'
 def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are none
     "The lines of log.jsonl that are whole"
     rows, bad = read_rows(file)
-    good = [r for r in rows if all(isinstance(r.get(k), (int, float)) for k in NUMBERS)]
+    good = [r for r in rows if all(isinstance(r.get(k), (int, float)) for k in LOG_COLUMNS)]
     return good, len(bad) + len(rows) - len(good)
 
 # %% ../../nbs/6_training/04_config.ipynb #4d568a03
-FIXED = ('prediction_type', 'seed', 't_init', 'student_steps')
-def fits(value, hint)->bool:
+FIXED_SETTINGS = ('prediction_type', 'seed', 't_init', 'student_steps')
+def has_type(value, hint)->bool:
     "Does a value from a file have the type of a setting?"
     if get_origin(hint) is Literal: return value in get_args(hint)
-    if get_origin(hint) is tuple: return isinstance(value, (list, tuple)) and all(fits(v, get_args(hint)[0]) for v in value)
-    if get_args(hint): return any(fits(value, h) for h in get_args(hint))
+    if get_origin(hint) is tuple: return isinstance(value, (list, tuple)) and all(has_type(v, get_args(hint)[0]) for v in value)
+    if get_args(hint): return any(has_type(value, h) for h in get_args(hint))
     if hint in (int, float): return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
-def typed_config(values:dict, source)->Config:
+def config_from_dict(values:dict, source)->Config:
     "Settings as they were saved; raises `InputError` for one that this version does not know, or a value of another type"
     known = get_type_hints(Config); strange = [k for k in values if k not in known]
     if strange: raise InputError(f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know ({", ".join(strange[:3])}); start a new run, or go on with the version that made it')
     hints = {k: h for k, h in known.items() if k in values}
-    wrong = [k for k, h in hints.items() if not fits(values[k], h)]
+    wrong = [k for k, h in hints.items() if not has_type(values[k], h)]
     if wrong or not hints: raise InputError(f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it')
     return Config(**{k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in hints})
 def saved_config(folder, say=print)->Config:
     "The config of a run folder, or, if that cannot be used, its newest checkpoint's; raises `InputError` if there is neither"
     file = Path(folder)/'config.json'
-    try: return typed_config(read_json(file), file)
+    try: return config_from_dict(read_json(file), file)
     except InputError as e: problem = e
     for path in checkpoints(Path(folder)/'checkpoints'):
-        try: config = typed_config(load_facts(path).get('config', {}), path)
+        try: config = config_from_dict(load_facts(path).get('config', {}), path)
         except (InputError, CheckpointError): continue
         say(f'{file} cannot be used; the settings are those in checkpoint {path.name}')
         return config
     if not file.is_file(): raise InputError(f'{str(folder)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
     raise problem
-def begun(folder:Path)->bool:
+def has_started(folder:Path)->bool:
     "Is there something to go on with, or the end of a run?"
     return bool(checkpoints(folder/'checkpoints')) or (folder/'closing.json').is_file()
 def resume_folder(config:Config)->Path|None: # None: start a new run
     "The run that `config.resume` means"
     if config.resume != LATEST: return Path(config.resume).expanduser() if config.resume else None
-    if config.out: return out if begun(out := Path(config.out).expanduser()) else None
+    if config.out: return out if has_started(out := Path(config.out).expanduser()) else None
     names = re.compile(re.escape(config.preset) + r'-\d+')                 # not those of a preset whose name begins alike
     runs = [(kept[0].stat().st_mtime, p) for p in Path('runs').glob('*') if names.fullmatch(p.name) and (kept := checkpoints(p/'checkpoints'))]
     return next((p for _, p in sorted(runs, reverse=True) if saved_config(p, lambda line: None).preset == config.preset), None)
-def differences(old:Config, new:Config)->list[str]:
+def changed_settings(old:Config, new:Config)->list[str]:
     "Names of settings that differ; raises `InputError` for those that must not; prompts and teacher may have moved, their content is compared"
     keys = [f.name for f in fields(Config) if f.name not in ('resume', 'out', 'dry_run') and getattr(old, f.name) != getattr(new, f.name)]
-    wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED]
+    wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED_SETTINGS]
     if wrong: raise InputError(f'cannot resume with another {", ".join(wrong)}; start a new run, or leave it as it was')
     return keys
 
 # %% ../../nbs/6_training/04_config.ipynb #7656064c
-def shapes_of(teacher:str)->tuple|None: # the UNet's config, weights of text encoder and VAE in millions; None: unknown before it is fetched
+def teacher_shapes(teacher:str)->tuple|None: # the UNet's config, weights of text encoder and VAE in millions; None: unknown before it is fetched
     "What a teacher's folder says about its size"
     from sid_lsg_nb.core import EMBEDDED
     from sid_lsg_nb.teachers.denoiser import pipeline_class
@@ -311,38 +312,38 @@ def shapes_of(teacher:str)->tuple|None: # the UNet's config, weights of text enc
     if known := {SD15: 'sd15', SD21: 'sd21-base'}.get(teacher): return SHAPES[known]
     folder = EMBEDDED/'teacher' if teacher == 'embedded' else Path(teacher).expanduser()
     if not (folder/'unet/config.json').is_file() or pipeline_class(str(folder), teacher) != 'StableDiffusionPipeline': return None   # what a budget is known for
-    return json.loads((folder/'unet/config.json').read_text()), *(weights_in(folder/part)/1e6 for part in ('text_encoder', 'vae'))
-def weights_in(folder:Path)->int:
+    return json.loads((folder/'unet/config.json').read_text()), *(count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae'))
+def count_weights(folder:Path)->int:
     "How many numbers the safetensors files of a folder hold, read from their headers"
     from safetensors import safe_open
     count = 0
     for file in folder.glob('*.safetensors'):
         with safe_open(file, 'pt') as f: count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
     return count
-def how_long(
-    config:Config, # settled: see `settle`
+def estimate_time(
+    config:Config, # settled: see `resolve`
     card:str, # as PyTorch names it
     rows:list[dict], # measurements: card, date, img_per_s, and the settings of a `Bench`
 )->str: # '' where nothing was measured
     "How long the training itself takes on a card, from what was measured on such a card with these settings"
     same = ('micro_batch', 'mixed_precision', 'weight_dtype', 'tf32', 'sequential_gradient', 'gradient_checkpointing', 'lora', 'use_8bit_adam', 'compile', 'channels_last') + ('lora_rank',)*(config.lora != 'none')
-    wanted = {k: getattr(config, k) for k in same} | dict(teacher={SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher), guided=kappas(config) != Kappa(), ema='ema' in config.offload)
+    wanted = {k: getattr(config, k) for k in same} | dict(teacher={SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher), guided=guidance_scales(config) != Kappa(), ema='ema' in config.offload)
     for r in rows:
         if r['card'] != card or wanted != {k: r['settings'][k] for k in ('teacher', *same)} | dict(guided=r['settings']['kappa'] != 1, ema='ema' in r['settings']['offload']): continue
         return f'time: about {config.max_train_images/r["img_per_s"]/3600:.3g} hours of training on one {card} ({r["img_per_s"]:g} images/s, measured {r["date"]}); sheets, checkpoints and scores come on top'
     return ''
-def plan(config:Config, world:int=1):
+def dry_run(config:Config, world:int=1):
     "Print what a run with these settings would do; raises `InputError` as the run would"
     import torch
     from sid_lsg_nb.core import EMBEDDED
     from sid_lsg_nb.training.memory import budget, meta_unet, print_budget
-    config = settle(config, world); micro, cuts, k, shapes = config.micro_batch, config.gradient_accumulation_steps, kappas(config), shapes_of(config.teacher)
+    config = resolve(config, world); micro, cuts, k, shapes = config.micro_batch, config.gradient_accumulation_steps, guidance_scales(config), teacher_shapes(config.teacher)
     print('\n'.join(f'{k:>27} = {v!r}' for k, v in asdict(config).items()))
     print(f'\none iteration: {config.total_batch_size} images = {micro} at once x {cuts} rounds x {world} process(es), for the fake and again for the generator; {math.ceil(config.max_train_images/config.total_batch_size):,} iterations')
     if shapes is None: print(f'memory: unknown for this kind of teacher, or before {config.teacher!r} is fetched')
     else: print_budget('memory per process, counted from shapes; workspaces come on top' + (' (before sharding)' if config.fsdp else '') + ':', budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=micro, precision=config.precision, guided=k != Kappa(),
         sequential_gradient=config.sequential_gradient or config.lora != 'none', gradient_checkpointing=config.gradient_checkpointing, lora=config.lora, lora_rank=config.lora_rank, offload=config.offload, use_8bit_adam=config.use_8bit_adam))
-    if world == 1 and config.device != 'cpu' and torch.cuda.is_available() and (told := how_long(config, torch.cuda.get_device_name(), json.loads((EMBEDDED/'speeds.json').read_text()))): print(told)
+    if world == 1 and config.device != 'cpu' and torch.cuda.is_available() and (told := estimate_time(config, torch.cuda.get_device_name(), json.loads((EMBEDDED/'speeds.json').read_text()))): print(told)
     where = config.resume or config.out or f'runs/{config.preset}-N'
     print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.max_train_images//config.log_every if config.log_every else "few"} lines), curves.png, samples/ ({config.max_train_images//config.sample_every + 1 if config.sample_every else 0:,} sheets), checkpoints/ (the last {config.checkpoints_total_limit}), generator/ (a diffusers pipeline with its model card)'
           + (', scores.json' if config.teacher == 'embedded' and config.n_eval else ''))

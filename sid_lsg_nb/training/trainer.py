@@ -6,9 +6,9 @@
 __all__ = ['SIGNALS', 'TIMERS', 'LIGHT', 'FULL', 'at_keyboard', 'StopFlag', 'stop_flag', 'Tolerant', 'check_lora', 'networks',
            'Job', 'find_prompts', 'timed', 'fingerprint', 'opponent', 'adversary_of', 'check_inputs', 'setup',
            'iterate', 'state_of', 'restore', 'one_config', 'newest_state', 'as_input', 'check_folder', 'require_space',
-           'remember', 'lock_run', 'open_run', 'student_name', 'ways_to_draw', 'Sheets', 'closing_table',
-           'feature_network', 'score_now', 'Diverged', 'Watch', 'save', 'unharmed', 'follow', 'leave_house', 'go_back',
-           'closing_steps', 'closing_done', 'close', 'finished', 'run', 'train']
+           'remember', 'lock_run', 'open_run', 'student_name', 'generators_to_compare', 'SampleGrids', 'final_scores',
+           'feature_network', 'score_now', 'Diverged', 'DivergenceMonitor', 'save', 'unharmed', 'follow', 'leave_house',
+           'go_back', 'closing_steps', 'closing_done', 'close', 'finished', 'run', 'train']
 
 # %% ../../nbs/6_training/06_trainer.ipynb #3e3183a2
 import builtins, errno, hashlib, json, os, shutil, signal, socket, sys, threading, time
@@ -47,8 +47,8 @@ from ..teachers.registry import is_here, open_teacher
 from .distributed import Team, allow_tf32, cut_like, make_learner, precision_of, slices, versions, whole
 from .memory import Lent, plain_copy
 from ..data.real_images import encode_folder, real_batches
-from .config import Config, check, check_out, differences, kappas, label, plan, recipe_of, resume_folder, run_folder, saved_config, settle
-from .log import Band, Log, curves, in_parts, many_step_draw, sheet, student_draw, tracker
+from .config import Config, check, check_out, changed_settings, guidance_scales, run_title, dry_run, recipe_of, resume_folder, run_folder, saved_config, resolve
+from .log import RunningBand, Log, curves, in_batches, many_step_draw, save_grid, student_draw, tracker
 
 # %% ../../nbs/6_training/06_trainer.ipynb #cb3785d7
 SIGNALS = 'SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGBREAK' # that ask a run to end, where they exist
@@ -148,7 +148,7 @@ def find_prompts(config:Config, team:Team)->Prompts|None: # None: the teacher br
 def timed(config:Config, teacher)->Recipe:
     "The recipe, with the times that the teacher's schedule has; raises `InputError` for times that it has not"
     schedule = teacher.schedule; table = isinstance(schedule, DiscreteSchedule); times = [v for k in ('t_init', 't_min', 't_max') if (v := getattr(config, k)) is not None]
-    teacher.check(kappas(config))
+    teacher.check(guidance_scales(config))
     if table and any(v != int(v) for v in times): raise InputError(f'teacher {teacher.path!r} has a table of {len(schedule)} times; give whole numbers for t_init, t_min and t_max')
     t_init = getattr(teacher, 't_init', schedule.time_of(SIGMA_INIT)) if config.t_init is None else config.t_init
     t_init = t_init if table else float(t_init)                        # a whole number would mean a table's row
@@ -183,7 +183,7 @@ def adversary_of(config:Config, teacher)->Adversary:
 def check_inputs(config:Config, team:Team):
     "Raise `InputError` for whatever the run would refuse, in its words, as far as it can be known without weights"
     if folder := resume_folder(config):
-        differences(saved_config(folder), config)
+        changed_settings(saved_config(folder), config)
         if not checkpoints(folder/'checkpoints'): raise InputError(f'cannot resume: {str(folder)!r} holds no checkpoint; start a new run')
     else: check_out(config)
     if not is_here(config.teacher):
@@ -195,7 +195,7 @@ def check_inputs(config:Config, team:Team):
     make_adam([torch.nn.Parameter(torch.zeros(1))], use_8bit_adam=config.use_8bit_adam)                  # is the package there?
 def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: # a teacher may be given instead of loaded
     "Everything a run needs; raises `InputError` for input that cannot work"
-    team = team or Team(config.device); config = team.agreed(lambda: settle(config, team.world)); allow_tf32(config.tf32)
+    team = team or Team(config.device); config = team.agreed(lambda: resolve(config, team.world)); allow_tf32(config.tf32)
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # shapes stay the same all run: let cuDNN try its kernels once
     prompts = find_prompts(config, team)
     teacher = teacher or team.agreed(lambda: open_teacher(config.teacher, team.device, prediction_type=config.prediction_type)); teacher.vae_rests = 'cpu' if 'vae' in config.offload else ''
@@ -291,7 +291,7 @@ def open_run(config:Config, team:Team|None=None)->tuple[Job, Path]: # the job, i
         job = setup(config, team); folder = team.first(lambda: run_folder(config)); check_folder(job, folder)
         team.first(lambda: remember(job, folder))
         return job, folder
-    changed = team.first(lambda: differences(saved_config(folder, say), config))
+    changed = team.first(lambda: changed_settings(saved_config(folder, say), config))
     try: name, state = newest_state(folder, team)
     except CheckpointError as e: raise as_input(e) from e
     job = setup(config, team); team.agreed(lambda: restore(job, state)); check_folder(job, folder)
@@ -304,38 +304,38 @@ def open_run(config:Config, team:Team|None=None)->tuple[Job, Path]: # the job, i
 
 # %% ../../nbs/6_training/06_trainer.ipynb #5d1724d6
 def student_name(steps:int)->str: return f'student, {dict([(1, "one"), (2, "two"), (4, "four")]).get(steps, steps)} step{"s"*(steps > 1)}'
-def ways_to_draw(job:Job)->dict: # name: `(prompts, seeds) -> pictures`
+def generators_to_compare(job:Job)->dict: # name: `(prompts, seeds) -> pictures`
     "The rows of the sheets"
     c, t_init = job.config, job.game.recipe.t_init
     students = {student_name(k): student_draw(job.teacher, job.ema.net, t_init, k) for k in sorted({1, 2, 4, c.student_steps}) if k == 1 or not isinstance(t_init, int) or k <= t_init}
     return {'undistilled, one step': student_draw(job.teacher, job.teacher.denoiser, t_init), **students,
             f'teacher, {c.teacher_steps} steps, CFG {c.teacher_kappa:g}': many_step_draw(job.teacher, c.teacher_kappa, c.teacher_steps)}
-class Sheets:
+class SampleGrids:
     "Draws a run's sheets; what does not change is drawn once. All processes draw, the first one writes"
     def __init__(self, job:Job, folder:Path):
         self.job, self.folder, self.fixed = job, folder, {}
     def rows(self)->dict: # name: pictures [8,3,H,W]
         "The pictures of all ways of drawing, with a bar when it takes long"
         prompts, size = PromptStream(self.job.prompts, self.job.config.seed).take(8), self.job.config.micro_batch or self.job.config.total_batch_size
-        ways = {k: d for k, d in ways_to_draw(self.job).items() if k not in self.fixed}; made = dict(self.fixed)
+        ways = {k: d for k, d in generators_to_compare(self.job).items() if k not in self.fixed}; made = dict(self.fixed)
         with tqdm(total=8*len(ways), desc='drawing a sheet', unit='picture', delay=3, leave=False, disable=not self.job.team.main) as bar:
-            for k, d in ways.items(): made[k] = in_parts(lambda p, s: (d(p, s), bar.update(len(p)))[0], size)(prompts, range(8))
+            for k, d in ways.items(): made[k] = in_batches(lambda p, s: (d(p, s), bar.update(len(p)))[0], size)(prompts, range(8))
         self.fixed |= {k: v for k, v in made.items() if 'student' not in k}
-        return {k: made[k] for k in ways_to_draw(self.job)}
+        return {k: made[k] for k in generators_to_compare(self.job)}
     def __call__(self, nimg:int):
         file, team = self.folder/f'samples/{nimg:09d}.png', self.job.team
         if not self.job.config.sample_every or team.tell(file.is_file()): return               # never; or drawn before the run was stopped
         rows = self.rows()
-        if team.main: sheet(rows, file, f'{label(self.job.config)}, {nimg} images seen')
+        if team.main: save_grid(rows, file, f'{run_title(self.job.config)}, {nimg} images seen')
     def judges(self, last:SimpleNamespace, nimg:int):
         "What the judges saw when the alarm went off"
-        rows = {k: in_parts(lambda x, _: self.job.teacher.decode(torch.stack(x)), 4)(list(getattr(last, k)[:8].detach().nan_to_num(0., 0., 0.)), range(8)) for k in ('x_g', 'y_real', 'y_fake')}
-        if self.job.team.main: sheet(rows, self.folder/f'samples/alarm_{nimg:09d}.png', f'alarm: {label(self.job.config)}, {nimg} images seen')
-def closing_table(job:Job, progress=tqdm)->list[TinyScore]:
+        rows = {k: in_batches(lambda x, _: self.job.teacher.decode(torch.stack(x)), 4)(list(getattr(last, k)[:8].detach().nan_to_num(0., 0., 0.)), range(8)) for k in ('x_g', 'y_real', 'y_fake')}
+        if self.job.team.main: save_grid(rows, self.folder/f'samples/alarm_{nimg:09d}.png', f'alarm: {run_title(self.job.config)}, {nimg} images seen')
+def final_scores(job:Job, progress=tqdm)->list[TinyScore]:
     "Score the first, the student's own and the last way of drawing on the same prompts and seeds, and print as they come"
     c, say, scorer, scores = job.config, print if job.team.main else lambda *_, **k: None, TinyClip(), []
     say(f'n = {c.n_eval} pictures each, seed {c.seed}, bundled scorer, reference: 10,000 real pictures', TINY_HEADER, sep='\n')
-    for name, draw in ways_to_draw(job).items():
+    for name, draw in generators_to_compare(job).items():
         if 'student' in name and name != student_name(c.student_steps): continue
         scores.append(tiny_score(name, draw, scorer, n=c.n_eval, seed=c.seed, progress=lambda it: progress(list(it), desc=name, leave=False, disable=not job.team.main)))
         say(scores[-1].row(), flush=True)
@@ -358,10 +358,10 @@ def score_now(job:Job)->dict:
 
 # %% ../../nbs/6_training/06_trainer.ipynb #f7b05968
 class Diverged(RunError): "The run went wrong for too long; the last good state is on disk"
-class Watch:
+class DivergenceMonitor:
     "The alarm of a run: puts it on the line, draws what the judges see, and counts"
     def __init__(self, job:Job, rows:list[dict], sheets):
-        self.job, self.sheets, self.band, self.bad = job, sheets, Band(job.config.divergence_factor), 0
+        self.job, self.sheets, self.band, self.bad = job, sheets, RunningBand(job.config.divergence_factor), 0
         for row in rows: self.band.out(row)                                            # a resumed run knows what is normal
     def __call__(self, row:dict, last:SimpleNamespace)->dict: # what to add to the line
         scale = {f'scale_{k}': l.scaler.get_scale() for k, l in self.job.learners.items() if l.scaler}
@@ -386,7 +386,7 @@ def follow(job:Job, folder:Path, sheets, stop)->bool: # True if it was asked to 
     c, team, log = job.config, job.team, Log(folder/'log.jsonl', job.nimg, job.team)
     due = lambda every: every and job.nimg//every > (job.nimg - c.total_batch_size)//every
     log.rows = team.tell(log.rows)                                                       # an alarm has to go off in all
-    watch, to = Watch(job, log.rows, sheets), tracker(c, folder, team, log.rows)
+    watch, to = DivergenceMonitor(job, log.rows, sheets), tracker(c, folder, team, log.rows)
     say = tqdm.write if team.main else lambda *_: None
     if team.any(stop.is_set()) and not team.tell(bool(checkpoints(folder/'checkpoints'))): save(job, folder)
     with tqdm(total=c.max_train_images, initial=job.nimg, unit='img', smoothing=.05, disable=not team.main) as bar:
@@ -401,7 +401,7 @@ def follow(job:Job, folder:Path, sheets, stop)->bool: # True if it was asked to 
             if watch.hopeless: raise Diverged(f'stopped at {job.nimg} images: {watch.bad} bad iterations in a row ({", ".join(row["alarm"])}; see {folder}/samples/alarm_*.png)')
             if keep and (not watch.bad or stopped and not team.tell(bool(checkpoints(folder/'checkpoints')))): save(job, folder)   # before any picture: KILL may follow soon
             if due(c.sample_every) or done and not stopped: unharmed('a sheet', lambda: sheets(s.nimg), say)
-            if team.main and (done or due(c.sample_every)): unharmed('curves.png', lambda: curves(log.rows, folder/'curves.png', f'{folder.name}: {label(c)}'), say)
+            if team.main and (done or due(c.sample_every)): unharmed('curves.png', lambda: curves(log.rows, folder/'curves.png', f'{folder.name}: {run_title(c)}'), say)
             if done: break
         unharmed('the tracker', to.end, say)
         return team.any(stop.is_set()) and job.nimg < c.max_train_images
@@ -426,7 +426,7 @@ def closing_steps(job:Job, folder:Path, stopped:bool)->dict[str, tuple[Callable,
     "What comes after training, in order"
     c, team, again = job.config, job.team, f'sid-lsg distill --resume {folder}'
     def scores():
-        found = closing_table(job)
+        found = final_scores(job)
         if team.main: atomic_write(folder/'scores.json', json.dumps([asdict(s) for s in found], indent=1) + '\n')
     steps = dict(generator=(lambda: leave_house(job, folder), again))
     if c.n_eval and not stopped and c.teacher == 'embedded': steps['scores'] = scores, again
@@ -453,7 +453,7 @@ def finished(config:Config)->Path|None: # its folder
     "The run to go on with, if it has reached its end and all that follows is done"
     folder = resume_folder(config)
     if folder is None: return None
-    differences(saved_config(folder, lambda line: None), config)
+    changed_settings(saved_config(folder, lambda line: None), config)
     known = read_json_or({}, folder/'closing.json', lambda line: None); nimg = known.get('nimg', 0); kept = checkpoints(folder/'checkpoints')
     if not (isinstance(nimg, int) and (folder/'generator').is_dir()) or kept and int(kept[0].name) != nimg: return None
     if not kept and nimg < config.max_train_images and nimg: raise InputError(f'{folder} ended at {nimg} images and its checkpoints are gone, so it cannot go on; give another --out, or --max-train-images {nimg}')
@@ -462,8 +462,8 @@ def finished(config:Config)->Path|None: # its folder
 def run(job:Job, folder:Path, stop)->list[str]: # closing steps that failed
     "Everything after the setting up; raises `Diverged` for a run that went wrong"
     config, team = job.config, job.team; say = print if team.main else lambda *_: None
-    say(f'run folder {folder}\n{label(config)}, t_init {job.game.recipe.t_init:g}, device {team.device} x {team.world} process{"es"*(team.world > 1)}, precision {config.precision}, {job.prompts.report}\n{job.prompts.preview}')
-    sheets = Sheets(job, folder)
+    say(f'run folder {folder}\n{run_title(config)}, t_init {job.game.recipe.t_init:g}, device {team.device} x {team.world} process{"es"*(team.world > 1)}, precision {config.precision}, {job.prompts.report}\n{job.prompts.preview}')
+    sheets = SampleGrids(job, folder)
     if not team.any(stop.is_set()): unharmed('a sheet', lambda: sheets(job.nimg), say)
     try: stopped = follow(job, folder, sheets, stop)
     except Diverged as e:
@@ -480,8 +480,8 @@ def train(config:Config=Config())->Path|None: # the run folder
     team.agreed(lambda: check(config))
     for note in team.notes if team.main else (): print(note)
     if config.dry_run:
-        check_inputs(settle(config, team.world), team)
-        if team.main: plan(config, team.world)
+        check_inputs(resolve(config, team.world), team)
+        if team.main: dry_run(config, team.world)
         return None
     with redirect_stdout(Tolerant(sys.stdout)), redirect_stderr(Tolerant(sys.stderr)), stop_flag() as stop:
         if (folder := team.first(lambda: finished(config))) is not None:
