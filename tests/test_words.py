@@ -12,9 +12,10 @@ def test_the_disagreement_is_called_no_distance(module):
     assert not re.search(r'gap to the teacher|look here|number to watch', module.read_text(encoding='utf-8'))
 
 def test_the_page_of_compare_names_it():
-    from sid_lsg_nb.commands.compare import CURVES, Subject, curves_of
+    from sid_lsg_nb.commands.compare import CURVES, draw_curves
+    from sid_lsg_nb.commands.sources import ImageSource
     assert CURVES['fisher'] == f'{DISAGREEMENT}, fisher'
-    drawn, = curves_of([Subject('student', '', 'x', log=[dict(nimg=10*i, fisher=float(i)) for i in (1, 2, 3)])])
+    drawn, = draw_curves([ImageSource('student', '', 'x', log=[dict(nimg=10*i, fisher=float(i)) for i in (1, 2, 3)])])
     assert DISAGREEMENT in drawn
 
 def test_the_bar_of_the_trainer_names_it(tmp_path, monkeypatch):
