@@ -28,7 +28,7 @@ from sid_lsg_nb.data.prompt_stream import PromptStream
 from sid_lsg_nb.core import InputError, atomic_write, bcast, image_grid, noise_for, pick_device, rng, sample_sum
 from sid_lsg_nb.method.steps import Game, Learner, Recipe, distill
 from sid_lsg_nb.data.prompt_stream import text_batches
-from sid_lsg_nb.teachers.edm import CIFAR10, Block, EdmTeacher, KarrasSchedule, cifar10_config, load_edm, save_edm, song_unet
+from sid_lsg_nb.teachers.edm import CIFAR10_CLASSES, UNetBlock, EDMTeacher, KarrasSchedule, cifar10_config, load_edm, save_edm, song_unet
 from sid_lsg_nb.method.sampling import SIGMA_INIT, one_step
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.losses import level_weight
@@ -175,7 +175,7 @@ def get_data(o:Options):
     data = load_data(o); trunk_file(o, fetch=True)
     ten = torch.cat([data['train_x'][(data['train_y'] == c).nonzero()[:10, 0]] for c in range(10)])
     image_grid(ten.permute(0, 3, 1, 2)/127.5 - 1, ncols=10, scale=2).save(folder/'look.png')
-    print(f'50,000 training and 10,000 test pictures, 5,000 and 1,000 per class, and Inception, are in {folder}; look.png shows ten of each class: {", ".join(CIFAR10)}')
+    print(f'50,000 training and 10,000 test pictures, 5,000 and 1,000 per class, and Inception, are in {folder}; look.png shows ten of each class: {", ".join(CIFAR10_CLASSES)}')
 
 # ---- the teacher
 
@@ -205,7 +205,7 @@ def edm_loss(
 
 def settle(net):
     "The network itself, its residual branches and last layer near zero: training begins at D(x) = c_skip x"
-    blocks = [m for m in net.modules() if isinstance(m, Block)]
+    blocks = [m for m in net.modules() if isinstance(m, UNetBlock)]
     last = [m.conv1 for m in blocks] + [m.proj for m in blocks if m.attention] + [m for name, m in net.named_modules() if name.endswith('aux_conv')]
     with torch.no_grad():
         for m in last: m.weight.mul_(1e-5); m.bias.zero_()
@@ -242,7 +242,7 @@ class Teaching:
 
 class Distilling:
     "SiD or SIM on a teacher, by chapter 10's loop"
-    def __init__(self, o:Options, teacher:EdmTeacher, method:str, weights:str):
+    def __init__(self, o:Options, teacher:EDMTeacher, method:str, weights:str):
         self.o, self.device, self.nimg, self.batch, self.teacher = o, teacher.device, 0, o.batch or 256, teacher
         teacher.denoiser.autocast = o.autocast
         if o.channels_last: teacher.denoiser.net.to(memory_format=torch.channels_last)

@@ -256,9 +256,9 @@ def fast_rows(o)->list: # (name, settings of `Bench`), in order of worth
 def small_teacher(o, home:Path):
     "SD1.5 of random weights on the device; in a rehearsal the tiny one"
     from sid_lsg_nb.commands.bench import random_teacher
-    from sid_lsg_nb.teachers.denoiser import load_teacher
+    from sid_lsg_nb.teachers.denoiser import load_sd
     from sid_lsg_nb.testing import tiny_pipeline
-    return load_teacher(tiny_pipeline(home/'tiny'), device_of(o)) if o.tiny else random_teacher('random-sd15', device_of(o))
+    return load_sd(tiny_pipeline(home/'tiny'), device_of(o)) if o.tiny else random_teacher('random-sd15', device_of(o))
 
 def fast(r:Report):
     "Iteration against its network calls, and against the official structure in the same process on the same weights"
@@ -328,7 +328,7 @@ def ranks(o):
         def job(): return setup(bundled(o, total_batch_size=2*team.world, micro_batch=None, fsdp=how == 'slices', device=str(team.device)), team)
         a, b = job(), job()
         for l in [*a.learners.values(), *b.learners.values()] if how == 'copies' and team.world == 1 else ():
-            l.train = l.net.around(DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False))
+            l.train = l.net.with_net(DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False))
         it = iterate(a); a.nimg = next(it).nimg; save(a, Path(o.out)/how); restore(b, load_latest(Path(o.out)/how/'checkpoints')[1])
         one, two = next(it), next(iterate(b)); pair = [float(s.gen.fisher) for s in (one, two)]
         out[how] = dict(fisher=pair, ok=abs(pair[0]/pair[1] - 1) < 1e-3)

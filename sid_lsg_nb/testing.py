@@ -77,7 +77,7 @@ def tiny_pipeline(
     folder, # where to write it; made if missing
     prediction_type:str='epsilon', # or v_prediction
     seed:int=0, # of the weights
-)->str: # the folder, ready for `load_teacher`
+)->str: # the folder, ready for `load_sd`
     "Save a complete Stable-Diffusion-type pipeline with small random networks. The random twin for tests"
     (words := Path(folder)/'tokenizer').mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(words)

@@ -11,7 +11,7 @@ from sid_lsg_nb.commands import options
 from sid_lsg_nb.teachers import edm
 from sid_lsg_nb.cli import main, parse
 from sid_lsg_nb.core import EMBEDDED
-from sid_lsg_nb.teachers.denoiser import load_teacher
+from sid_lsg_nb.teachers.denoiser import load_sd
 from sid_lsg_nb.testing import tiny_sdxl
 from sid_lsg_nb.training.config import Config
 
@@ -63,7 +63,7 @@ def forge(net, file):
 
 def official(file):
     "The bundled U-Net, pickled as a published SiD-LSG checkpoint is"
-    with open(file, 'wb') as f: pickle.dump(dict(ema=copy.deepcopy(load_teacher().denoiser.net)), f)
+    with open(file, 'wb') as f: pickle.dump(dict(ema=copy.deepcopy(load_sd().denoiser.net)), f)
 
 def prompts():
     "Four captions, in the two kinds of file that README names"

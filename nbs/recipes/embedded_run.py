@@ -11,7 +11,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 import torch
-from sid_lsg_nb.teachers.denoiser import load_teacher
+from sid_lsg_nb.teachers.denoiser import load_sd
 from sid_lsg_nb.metrics.tiny import TinyClip, tiny_score
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.log import many_step_draw
@@ -26,7 +26,7 @@ def machine()->str:
 
 def teacher_scores(scales=(1., 1.25, 1.5, 2., 3.))->list[dict]:
     "The teacher's row at several guidance scales"
-    teacher, scorer, c = load_teacher(), TinyClip(), Config()
+    teacher, scorer, c = load_sd(), TinyClip(), Config()
     return [asdict(tiny_score(f'teacher, {c.teacher_steps} steps, CFG {k:g}', many_step_draw(teacher, k, c.teacher_steps), scorer, n=c.n_eval, seed=c.seed)) for k in scales]
 
 def main(options:list[str]):

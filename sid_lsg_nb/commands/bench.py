@@ -56,7 +56,7 @@ def bare(d:Denoiser):
     def call(x, t, cond):
         low = next(d.net.parameters(), x).dtype
         with torch.autocast(x.device.type, d.autocast, enabled=d.autocast is not None, cache_enabled=False):
-            return d.ask(x.to(low), t, {k: v.to(low) if v.is_floating_point() else v for k, v in cond.items()})
+            return d.predict(x.to(low), t, {k: v.to(low) if v.is_floating_point() else v for k, v in cond.items()})
     return call
 def floor_calls(job:Job)->dict: # name: a function that does the calls
     "The network calls of one iteration, alone"

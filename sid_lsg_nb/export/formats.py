@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..core import InputError, atomic_file, atomic_folder, atomic_write
 from ..method.schedule import DiscreteSchedule
-from ..teachers.denoiser import Denoiser, load_teacher
-from ..teachers.student import load_student
+from ..teachers.denoiser import Denoiser, load_sd
+from ..teachers.student import load_sd_student
 
 # %% ../../nbs/5_export/01_formats.ipynb #25e96e9f
 def write_whole(
@@ -137,7 +137,7 @@ def single_file(
     file = Path(file).expanduser()
     if file.suffix != '.safetensors': raise InputError(f'{str(file)!r} must end in .safetensors')
     if not file.parent.is_dir(): raise InputError(f'{str(file.parent)!r} is no folder; create it first')
-    pipe = load_student(folder, dtype=dtype).pipe
+    pipe = load_sd_student(folder, dtype=dtype).pipe
     tensors = {k: v.to(dtype) for k, v in original_layout(pipe).items()}
     return write_whole(tensors, file, modelspec(pipe, tensors, title or file.stem))
 
@@ -222,7 +222,7 @@ def save_lora(
     device='cpu', # where the singular values are found
 )->dict: # rank, bytes, error (relative, of the weights a LoRA can carry), left_out (share of the change it cannot), layers
     "Write what turns the base model into the student; raises `InputError` for models that do not belong together"
-    old, pipe = load_teacher(base, device).denoiser.net, load_student(student, device).pipe
+    old, pipe = load_sd(base, device).denoiser.net, load_sd_student(student, device).pipe
     state = {k: v.to('cpu', dtype).contiguous() for k, v in extract_lora(old, pipe.unet, rank).items()}
     errors = lora_residuals({n: d.cpu() for n, d in deltas(old, pipe.unet).items()}, state)
     report = dict(rank=next(iter(state.values())).shape[0], bytes=sum(v.nbytes for v in state.values()), error=errors.pop('total'), left_out=left_out(old, pipe.unet)['share'], layers=errors)
@@ -265,7 +265,7 @@ def export_onnx(
     "A student as one ONNX graph (z, input_ids) -> image with a free batch size, float32; raises `InputError` without the packages for it"
     absent = [p for p in ('onnx', 'onnxscript') if not importlib.util.find_spec(p)]
     if absent: raise InputError(f'writing ONNX needs more packages; pip install {" ".join(absent)}')
-    student = load_student(folder); pipe, length = student.pipe, student.pipe.tokenizer.model_max_length
+    student = load_sd_student(folder); pipe, length = student.pipe, student.pipe.tokenizer.model_max_length
     example = torch.randn(2, *student.latent_shape), torch.zeros(2, length, dtype=torch.long)
     batch = torch.export.Dim('batch', max=63)            # from 64 on diffusers copies memory once more; the graph has no such branch and takes any size
     about = dict(z=list(student.latent_shape), tokens=length, pad=pipe.tokenizer.pad_token_id, t_init=start(pipe)[0])

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from ..core import InputError
-from ..teachers.denoiser import Denoiser, load_teacher
+from ..teachers.denoiser import Denoiser, load_sd
 from ..teachers.student import save_student
 from ..checkpoint_reader import find_network, read_checkpoint
 
@@ -72,13 +72,13 @@ def unet_from(
 # %% ../../nbs/5_export/03_import_checkpoint.ipynb #8ff9aa56
 def import_student(
     path, # .pkl, .pt or .safetensors with the one-step UNet
-    base, # the teacher it was distilled from: see `load_teacher`
+    base, # the teacher it was distilled from: see `load_sd`
     folder, # where to write the pipeline; replaced if it exists
     t_init:int=625, # the generator's time
     key:str='ema', # the network's name in the file
 )->Path: # the folder
     "Turn a checkpoint of the official code into a pipeline that stock diffusers opens; raises `InputError` as `unet_from`, or if the UNet does not fit `base`"
-    teacher = load_teacher(base)
+    teacher = load_sd(base)
     theirs = teacher.denoiser.net.config
     unet = unet_from(path, key, theirs).float()
     for k in ('in_channels', 'out_channels', 'cross_attention_dim'):

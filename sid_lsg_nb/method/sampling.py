@@ -56,10 +56,10 @@ def teacher_sample(
 )->Tensor: # latents [B,C,H,W]
     "The teacher's own many-step answer, with its solver: diffusers' DPM-Solver++ for Stable Diffusion; or with the sampler that it brings"
     if own := getattr(teacher, 'sample', None): return own(z, cond, null, kappa, steps)
-    scheduler = teacher.solver(); scheduler.set_timesteps(steps, device=z.device)
+    scheduler = teacher.make_scheduler(); scheduler.set_timesteps(steps, device=z.device)
     x = z*getattr(scheduler, 'init_noise_sigma', 1.)
     for k in scheduler.timesteps:
-        t = teacher.moment(k).expand(len(x))
+        t = teacher.scheduler_time(k).expand(len(x))
         y, = guided(teacher.denoiser, x, t, cond, null, kappa)
         x = scheduler.step(teacher.schedule.from_x0(y, x, t), k, x, return_dict=False)[0]
     return x

@@ -235,7 +235,7 @@ def copies(team:Team, net:Denoiser)->dict: # train, sync: for a `Learner`
         if last: yield
         else:
             with wrapped.no_sync(): yield
-    return dict(train=net.around(wrapped), sync=sync)
+    return dict(train=net.with_net(wrapped), sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2fc73db2
 def slices(team:Team, net:Denoiser)->dict: # sync: for a `Learner`

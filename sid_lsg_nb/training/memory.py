@@ -51,13 +51,13 @@ class Lent(nn.Module):
 # %% ../../nbs/6_training/03_memory.ipynb #d0489797
 def plain_copy(net:Denoiser)->Denoiser: # on the CPU, float32
     "A network of its own with ordinary weights: an adapter is folded in"
-    if not isinstance(net.net, Lent): return net.around(copy.deepcopy(net.net).to('cpu', torch.promote_types(next(net.parameters()).dtype, torch.float32)))
+    if not isinstance(net.net, Lent): return net.with_net(copy.deepcopy(net.net).to('cpu', torch.promote_types(next(net.parameters()).dtype, torch.float32)))
     alone = copy.deepcopy(net.net.base).to('cpu', torch.promote_types(next(net.net.base.parameters()).dtype, torch.float32))
     for name, layer in [(k, m) for k, m in alone.named_modules() if isinstance(m, BaseTunerLayer)]:
         if net.net.adapter: layer.merge(adapter_names=[net.net.adapter])
         alone.set_submodule(name, layer.get_base_layer())
     if hasattr(alone, 'peft_config'): del alone.peft_config
-    return net.around(alone)
+    return net.with_net(alone)
 
 # %% ../../nbs/6_training/03_memory.ipynb #a0a23d0a
 SHAPES = {  # published configs: the UNet's, and weights of text encoder and VAE in millions

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from ..core import DISAGREEMENT, EMBEDDED, InputError, RunError, atomic_write, read_json_or, rng
 from ..data.prompt_stream import PromptStream, text_batches
 from ..method.schedule import DiscreteSchedule
-from ..teachers.loading import say_once
+from ..teachers.loading import print_once
 from ..teachers.denoiser import Denoiser, Teacher
 from ..method.sampling import SIGMA_INIT
 from ..method.optim import EMA, make_adam
@@ -108,12 +108,12 @@ def networks(config:Config, teacher:Teacher)->tuple[Denoiser, Denoiser, Denoiser
     shared = {k: config.lora in (k, 'both') for k in ('fake', 'generator')}
     own = {k: d.copy() for k, lent in shared.items() if not lent}                     # before the base is cast or gets additions
     d.net.to(p.teacher); d.autocast = p.autocast
-    if any(shared.values()): teacher.denoiser = d.around(Lent(d.net))
+    if any(shared.values()): teacher.denoiser = d.with_net(Lent(d.net))
     for net in (d, *own.values()):
         if config.gradient_checkpointing: net.net.enable_gradient_checkpointing()
         if config.channels_last: net.net.to(memory_format=torch.channels_last)
         if config.compile: net.net.compile()
-    lend = lambda k: d.around(Lent(d.net, k, config.lora_rank))
+    lend = lambda k: d.with_net(Lent(d.net, k, config.lora_rank))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)                                                # a LoRA begins with dice
         return teacher.denoiser, *(own.get(k) or lend(k) for k in ('fake', 'generator'))
@@ -148,13 +148,13 @@ def find_prompts(config:Config, team:Team)->Prompts|None: # None: the teacher br
 def timed(config:Config, teacher)->Recipe:
     "The recipe, with the times that the teacher's schedule has; raises `InputError` for times that it has not"
     schedule = teacher.schedule; table = isinstance(schedule, DiscreteSchedule); times = [v for k in ('t_init', 't_min', 't_max') if (v := getattr(config, k)) is not None]
-    teacher.check(guidance_scales(config))
+    teacher.check_guidance(guidance_scales(config))
     if table and any(v != int(v) for v in times): raise InputError(f'teacher {teacher.path!r} has a table of {len(schedule)} times; give whole numbers for t_init, t_min and t_max')
     t_init = getattr(teacher, 't_init', schedule.time_of(SIGMA_INIT)) if config.t_init is None else config.t_init
     t_init = t_init if table else float(t_init)                        # a whole number would mean a table's row
     last = len(schedule) - table if hasattr(schedule, '__len__') else 1
     if t_init > last: raise InputError(f't_init {t_init} lies beyond the teacher\'s last time, {last}; leave it out to have it derived')
-    teacher.check_start(t_init); recipe = recipe_of(config, t_init, schedule.usual)
+    teacher.check_t_init(t_init); recipe = recipe_of(config, t_init, schedule.usual)
     for law in (recipe.timestep_sampling, recipe.timestep_sampling_fake or recipe.timestep_sampling): schedule.sample_time(1, recipe.t_min, recipe.t_max, law=law)
     return recipe
 LIGHT = 1_000_000_000 # weights; heavier text encoders are opened in another precision on another device
@@ -187,7 +187,7 @@ def check_inputs(config:Config, team:Team):
         if not checkpoints(folder/'checkpoints'): raise InputError(f'cannot resume: {str(folder)!r} holds no checkpoint; start a new run')
     else: check_out(config)
     if not is_here(config.teacher):
-        find_prompts(config, team); say_once(f'teacher {config.teacher!r} is not on this machine; what it holds is checked when it is fetched')
+        find_prompts(config, team); print_once(f'teacher {config.teacher!r} is not on this machine; what it holds is checked when it is fetched')
         return
     find_prompts(config, team); teacher = open_teacher(config.teacher, 'meta', prediction_type=config.prediction_type)
     timed(config, teacher); check_lora(config, teacher)
@@ -198,9 +198,9 @@ def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: #
     team = team or Team(config.device); config = team.agreed(lambda: resolve(config, team.world)); allow_tf32(config.tf32)
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()  # shapes stay the same all run: let cuDNN try its kernels once
     prompts = find_prompts(config, team)
-    teacher = teacher or team.agreed(lambda: open_teacher(config.teacher, team.device, prediction_type=config.prediction_type)); teacher.vae_rests = 'cpu' if 'vae' in config.offload else ''
+    teacher = teacher or team.agreed(lambda: open_teacher(config.teacher, team.device, prediction_type=config.prediction_type)); teacher.vae_offload_device = 'cpu' if 'vae' in config.offload else ''
     sha = fingerprint(teacher); team.same({'the content of the teacher': sha[:12]})
-    if teacher.vae_rests: teacher.vae.to(teacher.vae_rests)
+    if teacher.vae_offload_device: teacher.vae.to(teacher.vae_offload_device)
     recipe, (rival, real), (judge, *students) = team.agreed(lambda: (timed(config, teacher), opponent(config, teacher), networks(config, teacher)))
     prompts = prompts or prompts_from_list(teacher.prompts); team.same({'the number of real pictures': str(real is not None and len(real))})
     ema = EMA(students[1], config.ema_halflife, config.ema_rampup, 'cpu' if 'ema' in config.offload else None)
@@ -410,12 +410,12 @@ def follow(job:Job, folder:Path, sheets, stop)->bool: # True if it was asked to 
 def leave_house(job:Job, folder:Path):
     "Export the average as a stock pipeline, whole and on the CPU; all processes must call it"
     if job.config.fsdp:
-        state = whole(job.ema.net.net.state_dict()); blank = job.ema.net.blank(); blank.load_state_dict(state)
-        net = job.ema.net.around(blank)
+        state = whole(job.ema.net.net.state_dict()); blank = job.ema.net.empty_net(); blank.load_state_dict(state)
+        net = job.ema.net.with_net(blank)
     else: net = plain_copy(job.ema.net)
     job.teacher.vae.to('cpu')
     job.team.first(lambda: str(save_student(job.teacher, net, folder/'generator', job.game.recipe.t_init)))
-    job.teacher.vae.to(job.teacher.vae_rests or job.team.device)
+    job.teacher.vae.to(job.teacher.vae_offload_device or job.team.device)
 def go_back(job:Job, folder:Path):
     "Take the last good state: what was learnt since the alarm is worth nothing"
     try: restore(job, newest_state(folder, job.team)[1])
