@@ -148,7 +148,7 @@ def draw_curves(sources:list[ImageSource])->list[str]:
         curves = [(shared_settings(s, key), curve_points(s.log, key)) for s in sources]
         for i, (mine, points) in enumerate(curves):
             if not points: continue
-            frame = Frame.with_net([p for other, ps in curves if other == mine for p in ps])
+            frame = Frame.around([p for other, ps in curves if other == mine for p in ps])
             drawings[i] += curve_svg(points, frame, title if key == 'fisher' else f'{title}, n = {mine[0]}')
     return drawings
 
