@@ -130,7 +130,7 @@ def main(wanted:list[str]):
     for n in names: measure(n)
     (HERE.parent/'sid_lsg_nb/embedded/speeds.json').write_text(json.dumps(speeds(), indent=1) + '\n')
     write_words(speeds())
-    head = ['# Benchmarks', '', 'One iteration (a fake and a generator step, guided unless `--kappa 1`) with_scheduler its floor, the same network calls alone, in the same run: chapter 25. Made by `python benchmarks/run.py cpu` and `gpu`; not tests.',
+    head = ['# Benchmarks', '', 'One iteration (a fake and a generator step, guided unless `--kappa 1`) beside its floor, the same network calls alone, in the same run: chapter 25. Made by `python benchmarks/run.py cpu` and `gpu`; not tests.',
             'Peak memory is measured on GPUs only; the second number is the count from shapes (chapter 21). Rows say where and when; "not run" means just that.',
             'The turns of iteration and floor alternate, so ratios hold on a machine shared with other work, as the one of the CPU rows was; seconds of different rows do not compare there.', '',
             '| command | iteration / floor | s per iteration | images/s | peak / counted GiB | machine |', '|---|---|---|---|---|---|']
