@@ -34,7 +34,8 @@ from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.losses import level_weight
 from sid_lsg_nb.method.optim import EMA, make_adam
 from sid_lsg_nb.metrics.protocols import PROTOCOLS, Protocol, score_images
-from sid_lsg_nb.metrics.fid import INCEPTION_SHA256, FeatureNetwork, load_inception, compute_reference
+from sid_lsg_nb.metrics.features import Compute, FeatureNetwork, INCEPTION_SHA256, load_inception
+from sid_lsg_nb.metrics.fid import compute_reference
 from sid_lsg_nb.data.images import ImageSet, file_sha256, generated_images
 
 HERE = Path(__file__).parent
@@ -341,7 +342,7 @@ def reference_file(o:Options, features:FeatureNetwork)->Path:
     "Statistics of the training pictures, computed once"
     p = protocol_of(o.n, o.reference_n); file = Path(o.folder).expanduser()/f'reference-{o.reference_n}-{p.keep}-{features.sha[:8]}.safetensors'
     if not file.is_file():
-        ref = compute_reference(reals(load_data(o)['train_x'], o.reference_n, 'CIFAR-10 train'), features, p.preprocess, keep=p.keep, workers=os.cpu_count(), progress=lambda b: tqdm(b, desc='reference'))
+        ref = compute_reference(reals(load_data(o)['train_x'], o.reference_n, 'CIFAR-10 train'), features, p.preprocess, keep=p.keep, compute=Compute(num_workers=os.cpu_count(), progress=lambda b: tqdm(b, desc='reference')))
         atomic_write(file, save(dict(mu=ref.mu, sigma=ref.sigma, n=torch.tensor(ref.n), kept=ref.kept)))
     return file
 
@@ -356,7 +357,8 @@ def drawn_by(o:Options, folder:Path, who:str)->ImageSet:
 def score_one(o:Options, who:str, images:ImageSet, facts:dict, features:FeatureNetwork)->dict:
     "A row of the results"
     reference, start = reference_file(o, features), time.monotonic()
-    r = score_images(images, protocol_of(images.n, o.reference_n), reference=reference, features=features, device=str(pick_device(o.device)), workers=os.cpu_count(), batch=o.draw)
+    r = score_images(images, protocol_of(images.n, o.reference_n), reference=reference, features=features,
+                     compute=Compute(device=str(pick_device(o.device)), num_workers=os.cpu_count(), batch_size=o.draw))
     m = machine(features.device); print(r.line().partition(' | ')[0])
     score = dict(n=images.n, reference_n=o.reference_n, score_device=m['device'], score_minutes=round((time.monotonic() - start)/60, 2), score_date=m['date'], protocol=r.line().partition(' | ')[2])
     return facts | {k: float(f'{v:.5g}') for k, v in r.values.items()} | score | (dict(seeds=f'0..{images.n - 1}') if who != 'test' else {})

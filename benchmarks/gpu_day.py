@@ -422,7 +422,7 @@ def trained(r:Report, folder:Path, size:str):
     "Teacher, SiD and SIM go on; what was trained is left to be taken home before it is scored"
     sys.path.insert(0, str(HERE))
     import cifar10
-    from sid_lsg_nb.metrics.fid import INCEPTION, INCEPTION_SHA256
+    from sid_lsg_nb.metrics.features import INCEPTION, INCEPTION_SHA256
     from sid_lsg_nb.data.images import file_sha256
     if r.o.tiny: INCEPTION_SHA256[file_sha256(folder/'inception.pt')] = INCEPTION                 # the pretended network is taken for the real one
     how = '--iters 1 --batch 4 --n 16 --reference-n 16 --draw 8'.split() if r.o.tiny else '--precision bf16 --save-minutes 0.5 --n 10000'.split()

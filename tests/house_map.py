@@ -22,7 +22,7 @@ CHANGES = (
     ('what happens in one iteration', 'steps'),
     ('which families of teachers can be opened', 'registry'),
     ('how prompts are read and repeated', 'prompts'),
-    ('the resizer in front of FID, the Inception network', 'fid'),
+    ('the resizer in front of FID, the Inception network', 'features'),
     ('what is exported: single files, LoRA, ONNX', 'formats'),
     ('settings and their defaults', 'config'),
     ('the options of the command line', 'cli'),

@@ -17,9 +17,9 @@ from ..teachers.edm import is_edm, load_edm
 from ..data.images import ImageSet, images_from_folder, generated_images
 from ..data.prompt_stream import PromptStream, read_prompts
 from ..data.prompts import count_seen, prompt_hashes, open_prompts
-from ..metrics.fid import INCEPTION, FeatureNetwork, bundled_feature_network, download_inception
-from ..metrics.protocols import PROTOCOLS, ClipScore, Protocol, ScoreResult, load_clip_score, find_protocol, one_line_warnings
-from ..metrics.protocols import load_reward, score_images
+from ..metrics.clip import ClipScore, load_clip_score, load_reward
+from ..metrics.features import INCEPTION, Compute, FeatureNetwork, bundled_feature_network, download_inception
+from ..metrics.protocols import PROTOCOLS, Protocol, ScoreResult, find_protocol, one_line_warnings, score_images
 from ..training.distributed import Team
 from .options import Evaluate
 from .sources import ImageSource, check_sampling, make_sampler, open_source, require_writable
@@ -187,7 +187,7 @@ def evaluate(args:Evaluate)->ScoreResult: # the same in every process
     reference = Path(args.reference).expanduser() if args.reference else None
     with one_line_warnings(team.main):
         r = score_images(images, p, reference=reference, features=features, clip=clip, rewards=rewards,
-                         device=team.device, rank=team.rank, world=team.world, batch=args.batch)
+                         compute=Compute(device=team.device, rank=team.rank, world_size=team.world, batch_size=args.batch))
     r = replace(r, trained_on=trained_on(s, images.captions))
     if team.main: report(r, s, images, out if args.out else next_free_file(s.home, r.protocol.name))
     team.leave()

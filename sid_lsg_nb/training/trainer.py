@@ -39,7 +39,7 @@ from ..metrics.tiny import TINY_HEADER, TinyClip, TinyScore, tiny_score
 from .checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
 from ..export.model_card import write_card
 from ..data.prompts import Prompts, count_truncated, prompt_hashes, prompts_from_list, open_prompts, describe_truncated
-from ..metrics.fid import FeatureNetwork, bundled_feature_network, load_inception
+from ..metrics.features import Compute, FeatureNetwork, bundled_feature_network, load_inception
 from ..data.images import images_from_folder, generated_images
 from ..metrics.protocols import PROTOCOLS, one_line_warnings, score_images
 from ..teachers.edm import is_edm
@@ -352,8 +352,10 @@ def score_now(job:Job)->dict:
         return dict(tiny_fd=round(s.tiny_fd, 4), concept=round(s.concept, 4))
     features = feature_network(c.inception, str(team.device)); protocol = replace(PROTOCOLS['folder-vs-folder'], name='during the run', n=c.n_eval, features=features.name, subset_size=min(1000, c.n_eval))
     images = generated_images(draw, PromptStream(job.prompts, c.seed).take(c.n_eval), range(c.seed, c.seed + c.n_eval), c.micro_batch)
-    shard = dict(world=team.world, rank=team.rank) if not c.fsdp else {}               # slices have to be asked by all together
-    with one_line_warnings(team.main): r = score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, device=str(team.device), **shard)
+    compute = Compute(device=str(team.device))
+    if not c.fsdp: compute = replace(compute, world_size=team.world, rank=team.rank)    # slices have to be asked by all together
+    with one_line_warnings(team.main):
+        r = score_images(images, protocol, reference=c.eval_reference, features=features, clip=False, compute=compute)
     return {k: round(v, 5) for k, v in r.values.items()}
 
 # %% ../../nbs/6_training/06_trainer.ipynb #f7b05968
