@@ -25,7 +25,7 @@ from tqdm import tqdm
 from sid_lsg_nb.commands.bench import machine
 from sid_lsg_nb.training.checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
 from sid_lsg_nb.data.prompt_stream import PromptStream
-from sid_lsg_nb.core import InputError, atomic_write, bcast, image_grid, noise_for, pick_device, rng, sample_sum
+from sid_lsg_nb.core import InputError, atomic_write, expand_like, image_grid, noise_for, pick_device, rng, sum_per_sample
 from sid_lsg_nb.method.steps import Game, Learner, Recipe, distill
 from sid_lsg_nb.data.prompt_stream import text_batches
 from sid_lsg_nb.teachers.edm import CIFAR10_CLASSES, UNetBlock, EDMTeacher, KarrasSchedule, cifar10_config, load_edm, save_edm, song_unet
@@ -57,7 +57,7 @@ SIZES = {
     'small': Size(dict(model_channels=64, num_blocks=3, dropout=.05), 10., 250_000, 3., 'our small teacher'),
     'full': Size({}, 200., 10_000_000, 500., "our teacher of EDM's size"),
 }
-_edm = dict(kappa=Kappa(), t_min=0, t_max=800, t_init=KarrasSchedule().time_of(SIGMA_INIT), timestep_sampling_fake='edm', fake_loss_weight='edm')
+_edm = dict(kappa=Kappa(), t_min=0, t_max=800, t_init=KarrasSchedule().sigma_to_t(SIGMA_INIT), timestep_sampling_fake='edm', fake_loss_weight='edm')
 RECIPES = dict(sid=Recipe(alpha=1.2, **_edm), sim=Recipe(method='sim', distance='huber', loss_weight='none', **_edm))
 PUBLISHED = [ # who, FID unconditional, FID conditional, million pictures
     ("EDM's teacher, 55.7 M weights, 35 network calls (2206.00364)", '1.97', '1.79', '200 / 200'),
@@ -187,7 +187,7 @@ def batch_of(
 )->torch.Tensor: # [B,3,32,32] in [-1,1]
     "Some pictures, each mirrored with probability 1/2"
     x = pictures[index].permute(0, 3, 1, 2).float()/127.5 - 1
-    return torch.where(bcast(torch.rand(len(x), generator=dice, device=x.device) < .5, x), x.flip(3), x)
+    return torch.where(expand_like(torch.rand(len(x), generator=dice, device=x.device) < .5, x), x.flip(3), x)
 
 def edm_loss(
     net, # called as D(x, sigma, class_labels)
@@ -201,8 +201,8 @@ def edm_loss(
     where = dict(generator=dice, device=x.device, dtype=x.dtype)
     sigma, noise = (1.2*torch.randn(len(x), **where) - 1.2).exp(), torch.randn(x.shape, **where)
     if labels is not None and p_drop: labels = labels*(torch.rand(len(x), 1, **where) >= p_drop)
-    with torch.autocast(x.device.type, autocast, enabled=autocast is not None): y = net(x + bcast(sigma, x)*noise, sigma, labels)
-    return level_weight('edm', torch.ones_like(sigma), sigma)*sample_sum((y - x)**2)
+    with torch.autocast(x.device.type, autocast, enabled=autocast is not None): y = net(x + expand_like(sigma, x)*noise, sigma, labels)
+    return level_weight('edm', torch.ones_like(sigma), sigma)*sum_per_sample((y - x)**2)
 
 def settle(net):
     "The network itself, its residual branches and last layer near zero: training begins at D(x) = c_skip x"
@@ -351,7 +351,7 @@ def drawn_by(o:Options, folder:Path, who:str)->ImageSet:
     t = load_edm(folder, pick_device(o.device)); t.denoiser.autocast = o.autocast
     def draw(prompts, seeds):
         z, cond = noise_for(seeds, t.latent_shape).to(t.device), t.text(prompts)
-        with torch.no_grad(): return t.decode(t.sample(z, cond) if who == 'teacher' else one_step(t.denoiser, z, cond, t.schedule.time_of(t.sigma_init))).cpu()
+        with torch.no_grad(): return t.decode(t.sample(z, cond) if who == 'teacher' else one_step(t.denoiser, z, cond, t.schedule.sigma_to_t(t.sigma_init))).cpu()
     return generated_images(draw, [t.prompts[i % len(t.prompts)] for i in range(o.n)], range(o.n), batch=o.draw, precision=o.precision, name=f'{who} {o.size}')
 
 def score_one(o:Options, who:str, images:ImageSet, facts:dict, features:FeatureNetwork)->dict:

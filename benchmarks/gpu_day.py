@@ -92,7 +92,7 @@ def losses(config, n:int):
         noise = draw((c.total_batch_size, *job.teacher.latent_shape), job.teacher.schedule, recipe, dice, fake=fake)
         for k in ('z', 'eps', 't'): setattr(noise, k, getattr(noise, k).to(job.team.device))
         return shares(noise, [c.micro_batch]*c.gradient_accumulation_steps, 0)
-    batches = text_batches(job.stream, job.teacher.text, c.total_batch_size, c.micro_batch, c.proportion_empty_prompts*recipe.kappa.drops_prompts, job.drops)
+    batches = text_batches(job.stream, job.teacher.text, c.total_batch_size, c.micro_batch, c.proportion_empty_prompts*recipe.kappa.needs_prompt_dropout, job.drops)
     for k in range(n):
         for_fake, for_generator = next(batches)
         f, g = fake_step(job.game, for_fake, noises(True)), generator_step(job.game, for_generator, noises(False))

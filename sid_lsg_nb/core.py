@@ -20,13 +20,13 @@ else:                                                                  # so that
     torch, np, Image = SimpleNamespace(device='device', Generator='Generator'), SimpleNamespace(ndarray='ndarray'), SimpleNamespace(Image='Image')
 
 # %% auto #0
-__all__ = ['Cond', 'HOST', 'DISAGREEMENT', 'EMBEDDED', 'bcast', 'sample_sum', 'max_abs', 'InputError', 'pick_device', 'rng',
-           'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError',
-           'remove', 'clean_up', 'sync', 'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write', 'read_rows',
-           'read_json', 'read_json_or', 'to_uint8', 'image_grid']
+__all__ = ['Cond', 'HOST', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError', 'pick_device',
+           'rng', 'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError',
+           'remove_path', 'clean_up', 'fsync_paths', 'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write',
+           'read_jsonl', 'read_json', 'read_json_or', 'to_uint8', 'image_grid']
 
 # %% ../nbs/00_core.ipynb #7b2edee5
-def bcast(
+def expand_like(
     w:Tensor, # [B] one factor per sample
     x:Tensor, # [B, ...] what it will multiply
 )->Tensor: # [B, 1, ...]
@@ -35,7 +35,7 @@ def bcast(
     return w.reshape(-1, *[1]*(x.dim()-1))
 
 # %% ../nbs/00_core.ipynb #2e8e3fd5
-def sample_sum(
+def sum_per_sample(
     x:Tensor, # [B, ...]
 )->Tensor: # [B]
     "Sum over everything but the batch"
@@ -135,7 +135,7 @@ def _left_behind(path:Path)->bool:
     owner = re.fullmatch(r'\..+\.(\w+)\.(\d+)-\d+\.(tmp|old)', path.name)
     if not owner or owner[1] != HOST: return False
     return path not in _mine if int(owner[2]) == os.getpid() else not psutil.pid_exists(int(owner[2]))
-def remove(path):
+def remove_path(path):
     "A file, a link or a folder with all that is in it, if it is there"
     path = Path(path)
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -149,10 +149,10 @@ def clean_up(
         for path in filter(_left_behind, Path(folder).glob(f'.{name}.*.{end}')):
             place = path.with_name(path.name[1:].rsplit('.', 3)[0])
             if end == 'old' and not os.path.lexists(place): os.rename(path, place)
-            else: remove(path)
+            else: remove_path(path)
 
 # %% ../nbs/00_core.ipynb #b669b125
-def sync(*paths):
+def fsync_paths(*paths):
     "Force files and folders (the lists of names, not what is in them) to the disk"
     if os.name != 'posix': return                                      # a folder cannot be opened elsewhere
     for p in paths:
@@ -170,15 +170,15 @@ def replace_folder(
     folder:Path, # what it becomes; what had that name is deleted afterwards
 ):
     "Put a folder in the place of another: at every moment a whole one is there, or, without `renameat2`, beside it"
-    sync(*new.rglob('*'), new)
-    if not os.path.lexists(folder): os.rename(new, folder); sync(folder.parent)
-    elif _exchange(new, folder): sync(folder.parent); remove(new)
+    fsync_paths(*new.rglob('*'), new)
+    if not os.path.lexists(folder): os.rename(new, folder); fsync_paths(folder.parent)
+    elif _exchange(new, folder): fsync_paths(folder.parent); remove_path(new)
     else:
         _mine.add(aside := _temporary(folder, 'old'))
         os.rename(folder, aside)
         os.rename(new, folder)
-        sync(folder.parent)
-        remove(aside)
+        fsync_paths(folder.parent)
+        remove_path(aside)
         _mine.discard(aside)
 
 # %% ../nbs/00_core.ipynb #82d444bb
@@ -211,8 +211,8 @@ def atomic_file(
     path = Path(path)
     with _beside(path) as tmp:
         yield tmp/path.name
-        _open_to_all(tmp); sync(tmp/path.name)
-        os.replace(tmp/path.name, path); sync(path.parent)
+        _open_to_all(tmp); fsync_paths(tmp/path.name)
+        os.replace(tmp/path.name, path); fsync_paths(path.parent)
 def atomic_write(
     path, # where the file shall be; its folder is made
     data:str|bytes, # text is written as UTF-8
@@ -221,7 +221,7 @@ def atomic_write(
     with atomic_file(path) as new: new.write_bytes(data.encode() if isinstance(data, str) else data)
 
 # %% ../nbs/00_core.ipynb #dc83cd32
-def read_rows(
+def read_jsonl(
     file, # JSON lines, each an object; may be absent
 )->tuple[list[dict], list[int]]: # the rows, and the numbers of the lines that are none (the first is 1)
     "The whole lines of a file that a program appends to"

@@ -96,8 +96,8 @@ CASES = {
 
 def train(case, teacher):
     "A few iterations -> both learners, the average, and what each iteration said"
-    lo, hi = teacher.schedule.usual
-    t_init = getattr(teacher, 't_init', teacher.schedule.time_of(SIGMA_INIT))
+    lo, hi = teacher.schedule.default_range
+    t_init = getattr(teacher, 't_init', teacher.schedule.sigma_to_t(SIGMA_INIT))
     recipe = Recipe(case.kappa, **dict(t_min=lo, t_max=hi, t_init=t_init) | case.recipe)
     teacher.check_guidance(recipe.kappa)
     teacher.check_t_init(recipe.t_init)
@@ -108,7 +108,7 @@ def train(case, teacher):
 
     fake, gen = learner(), learner()
     ema, prompts = EMA(gen.net, halflife=4), getattr(teacher, 'prompts', PROMPTS)
-    p_drop = .5*recipe.kappa.drops_prompts
+    p_drop = .5*recipe.kappa.needs_prompt_dropout
     batches = text_batches(PromptStream(prompts, 0), teacher.text, case.batch, case.micro, p_drop, rng(3))
     game = Game(teacher.denoiser, fake, gen, teacher.text.null(), recipe)
     states = distill(game, batches, teacher.latent_shape, rng=rng(1), ema=ema)

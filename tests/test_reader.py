@@ -7,10 +7,10 @@ from sid_lsg_nb.core import InputError
 
 TREE = ast.parse(Path(reader.__file__).read_text(encoding='utf-8'))
 NEVER = re.compile(r'(eval|exec|compile|__import__|getattr|setattr|delattr|globals|vars|open_code)|(.*\.)?(import_module|loads?|Unpickler|find_class|system|Popen|run_path|__setstate__)')
-CALLS = {'_codecs.encode', 'builtins.frozenset', 'builtins.set', 'numpy._core.multiarray.scalar', 'numpy.core.multiarray.scalar', 'numpy.dtype', 'torch.Size',
+ALLOWED_CALLS = {'_codecs.encode', 'builtins.frozenset', 'builtins.set', 'numpy._core.multiarray.scalar', 'numpy.core.multiarray.scalar', 'numpy.dtype', 'torch.Size',
          'torch._utils._rebuild_parameter', 'torch._utils._rebuild_parameter_with_state', 'torch._utils._rebuild_tensor_v2', 'torch.device',
          'torch.storage._load_from_bytes', 'torch_utils.persistence._reconstruct_persistent_obj'}
-OPS = set('''ADDITEMS APPEND APPENDS BINBYTES BINBYTES8 BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE BINUNICODE8 BUILD EMPTY_DICT EMPTY_LIST
+OPCODES = set('''ADDITEMS APPEND APPENDS BINBYTES BINBYTES8 BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE BINUNICODE8 BUILD EMPTY_DICT EMPTY_LIST
     EMPTY_SET EMPTY_TUPLE FRAME FROZENSET GLOBAL LONG1 LONG4 LONG_BINGET LONG_BINPUT MARK MEMOIZE NEWFALSE NEWOBJ NEWTRUE NONE PROTO REDUCE SETITEM SETITEMS
     SHORT_BINBYTES SHORT_BINUNICODE STACK_GLOBAL TUPLE TUPLE1 TUPLE2 TUPLE3'''.split())
 
@@ -28,9 +28,9 @@ def test_such_a_call_would_be_seen():
     assert dangerous(ast.parse('from pickle import loads; importlib.import_module(x); eval(y); net.eval(); re.compile(z)')) == {'loads', 'importlib.import_module', 'eval'}
 
 def test_the_tables_grow_by_decision_only():
-    assert set(reader.CALLS) == CALLS and set(reader.OPS) == OPS
-    assert reader.DICTS == {'collections.OrderedDict', 'diffusers.configuration_utils.FrozenDict', 'dnnlib.util.EasyDict'}
-    assert not any(reader.GHOSTS.fullmatch(n) for n in ('os.system', 'torch.nn.modules', 'torch.nn.functional.silu', 'diffusers.utils.x', 'xtorch.nn.modules.a', 'torch.nn.modules.a\n'))
+    assert set(reader.ALLOWED_CALLS) == ALLOWED_CALLS and set(reader.OPCODES) == OPCODES
+    assert reader.DICT_CLASSES == {'collections.OrderedDict', 'diffusers.configuration_utils.FrozenDict', 'dnnlib.util.EasyDict'}
+    assert not any(reader.MODULE_CLASSES.fullmatch(n) for n in ('os.system', 'torch.nn.modules', 'torch.nn.functional.silu', 'diffusers.utils.x', 'xtorch.nn.modules.a', 'torch.nn.modules.a\n'))
 
 def files():
     "A small module in every container"

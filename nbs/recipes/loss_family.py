@@ -16,7 +16,7 @@ from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from sid_lsg_nb.core import rng
 from sid_lsg_nb.method.steps import Recipe, verdict
-from sid_lsg_nb.method.gaussians import Mixture
+from sid_lsg_nb.method.gaussians import GaussianMixture
 from sid_lsg_nb.method.losses import fake_loss
 from sid_lsg_nb.method.schedule import DiscreteSchedule
 
@@ -28,7 +28,7 @@ LRS, SEEDS, ITERS, BATCH = [3e-4, 1e-3, 3e-3, 6e-3, 1e-2, 1.7e-2, 3e-2], 10, 200
 betas = torch.linspace(.00085**.5, .012**.5, 1000, dtype=torch.float64)**2
 schedule = DiscreteSchedule(torch.cumprod(1 - betas, 0))                  # Stable Diffusion's levels
 angles = torch.arange(5)*2*torch.pi/5 + .3
-world = Mixture(torch.tensor([1., 1, 1, 1, 2]), 1.3*torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([.15, .25, .15, .25, .3]))
+world = GaussianMixture(torch.tensor([1., 1, 1, 1, 2]), 1.3*torch.stack([angles.cos(), angles.sin()], 1), torch.tensor([.15, .25, .15, .25, .3]))
 
 class Points(nn.Module):
     "A small denoiser of points: x_t and its levels in, x0 out; the skip leaves to the network what noise has destroyed"
@@ -66,7 +66,7 @@ def starts(seeds, steps=1500, B=256): # parameters [S, ...] of networks fitted t
         adam(params, grads, state, k, 2e-3*(1 - .99*k/steps))
     return params, misfit.detach()
 
-t_init = torch.tensor([schedule.time_of(2.5)])
+t_init = torch.tensor([schedule.sigma_to_t(2.5)])
 a0, s0 = schedule.alpha(t_init).float().view(1, 1, 1), schedule.sigma(t_init).float().view(1, 1, 1)
 def make(params, z): # [R,B,2] start noise -> points of R generators
     return ask(params, s0*z, a0.expand(*z.shape[:2], 1), s0.expand(*z.shape[:2], 1))
@@ -101,8 +101,8 @@ def train(recipes, lrs, seeds, iters, B=BATCH, halflife=50, look=100): # yields 
 
 def exact_quantiles(n, directions): # [A,2] -> [A,n]
     "Where the i-th of n points of the world should lie along each direction: the exact law of a projection is a mixture of normals"
-    x = torch.linspace(-4, 4, 8001, dtype=torch.float64); m, s = (directions @ world.m.T).double(), world.s.double()
-    F = (world.w.double()*torch.special.ndtr((x[None, :, None] - m[:, None])/s)).sum(-1)
+    x = torch.linspace(-4, 4, 8001, dtype=torch.float64); m, s = (directions @ world.means.T).double(), world.stds.double()
+    F = (world.weights.double()*torch.special.ndtr((x[None, :, None] - m[:, None])/s)).sum(-1)
     u = (torch.arange(n, dtype=torch.float64) + .5)/n; k = torch.searchsorted(F, u.expand(len(F), n).contiguous()).clamp(1, len(x) - 1)
     lo, hi = F.gather(1, k - 1), F.gather(1, k)
     return (x[k - 1] + (x[1] - x[0])*(u - lo)/(hi - lo).clamp(min=1e-300)).float()
@@ -112,7 +112,7 @@ def sliced(points, turns=24): # [R,n,2] -> [R]
     return torch.stack([(((p @ directions.T).T.sort(1).values - q)**2).mean().sqrt() for p in points])
 def bells(points): # [R,n,2] -> [R,5]
     "Share of the points that lie nearest to each bell, in units of the bell's width"
-    d = ((points[:, :, None] - world.m)**2).sum(-1)/world.s**2
+    d = ((points[:, :, None] - world.means)**2).sum(-1)/world.stds**2
     return torch.stack([torch.bincount(k, minlength=5)/len(k) for k in d.argmin(-1)])
 
 def histogram(points, cells=36, bound=2.4): # [n,2] -> counts [cells][cells], first index y from above

@@ -114,7 +114,7 @@ def start(
 )->tuple[int, float]: # t_init, sigma_t/alpha_t there
     "Where the one step begins: the end of the scheduler's table"
     schedule = DiscreteSchedule.from_scheduler(pipe.scheduler); t = len(schedule) - 1
-    return t, schedule.ratio(torch.tensor([t])).item()
+    return t, schedule.t_to_sigma(torch.tensor([t])).item()
 def modelspec(pipe:StableDiffusionPipeline, tensors:dict[str, Tensor], title:str)->dict[str, str]:
     "Header of a single file: the keys of the SAI model spec that apply"
     (t, sigma), context, v = start(pipe), pipe.unet.config.cross_attention_dim, pipe.scheduler.config.prediction_type == 'v_prediction'

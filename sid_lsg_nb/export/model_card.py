@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub as hub
 from huggingface_hub.utils import HfHubHTTPError
 from .. import __version__
-from ..core import DISAGREEMENT, EMBEDDED, InputError, atomic_write, read_json, read_json_or, read_rows
+from ..core import DISAGREEMENT, EMBEDDED, InputError, atomic_write, read_json, read_json_or, read_jsonl
 
 # %% ../../nbs/5_export/02_model_card.ipynb #f5d9cb8f
 def origin(
@@ -190,7 +190,7 @@ def write_card(
     kind, t_init, sigma = beginning(folder)
     read = lambda name, default: read_json_or(default, run/name)
     scores = [r for r in read('scores.json', []) if isinstance(r, dict)] + [json.loads(Path(f).read_text(encoding='utf-8')) for f in results]
-    text = model_card(read_json(run/'config.json'), [r for r in read_rows(run/'log.jsonl')[0] if 'nimg' in r], scores, t_init=t_init, sigma=sigma, kind=kind, prompt=dict(EDM='0').get(kind),
+    text = model_card(read_json(run/'config.json'), [r for r in read_jsonl(run/'log.jsonl')[0] if 'nimg' in r], scores, t_init=t_init, sigma=sigma, kind=kind, prompt=dict(EDM='0').get(kind),
         prompts=read('prompts.json', {}) or None, title=title or run.resolve().name, where=repo_id or 'PATH_OR_REPO', picture='samples.png' if sheets else '')
     if sheets: shutil.copy(sheets[-1], folder/'samples.png')
     atomic_write(folder/'README.md', text)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 from ..core import Cond, InputError
-from .guidance import guided
+from .guidance import predict_guided
 from .losses import WEIGHTS, level_weight
 from .steps import fake_losses
 
@@ -78,7 +78,7 @@ class Adversary:
         with self.listen(game.fake.net) as heard: losses = fake_losses(game.fake.train, game.generator.net, cond, game.null, noise, game.recipe)
         made, s = logits(heard[-1], B), game.fake.net.schedule
         with self.listen(game.fake.net) as heard:
-            guided(game.fake.train, s.add_noise(x.to(noise.z), noise.eps, noise.t), noise.t, cond if its is None else its, game.null, 0. if game.recipe.kappa.blind else 1.)
+            predict_guided(game.fake.train, s.add_noise(x.to(noise.z), noise.eps, noise.t), noise.t, cond if its is None else its, game.null, 0. if game.recipe.kappa.unconditional_fake else 1.)
         told = softplus(-logits(heard[-1], B)).mean(1) + softplus(made).mean(1)
         return losses + self.learn*level_weight(self.law, s.alpha(noise.t), s.sigma(noise.t)).to(told.dtype)*told/2
     def term(self, game, o, noise, heard:list)->Tensor: # [B]

@@ -12,10 +12,10 @@ if TYPE_CHECKING: from torch import Tensor
 else: Tensor = TypeVar('Tensor')
 
 # %% auto #0
-__all__ = ['guide', 'guided', 'Kappa']
+__all__ = ['apply_guidance', 'predict_guided', 'Kappa']
 
 # %% ../../nbs/1_method/04_guidance.ipynb #0ce12cfd
-def guide(
+def apply_guidance(
     y_null:Tensor, # answer to ""
     y_cond:Tensor, # answer to the prompt, same shape
     kappa:float, # 0: ignore the prompt, 1: plain, more: beyond
@@ -24,7 +24,7 @@ def guide(
     return y_cond if kappa == 1 else y_null + kappa*(y_cond - y_null)
 
 # %% ../../nbs/1_method/04_guidance.ipynb #c3998e7a
-def guided(
+def predict_guided(
     denoiser, # `(x_t, t, cond) -> y`
     x_t:Tensor, # [B, ...]
     t:Tensor, # [B]
@@ -38,7 +38,7 @@ def guided(
     if all(k == 0 for k in kappas): return (denoiser(x_t, t, cond_expand(null, len(x_t))),)*len(kappas)
     both = cond_cat(cond_expand(null, len(x_t)), cond)
     y_null, y_cond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return tuple(guide(y_null, y_cond, k) for k in kappas)
+    return tuple(apply_guidance(y_null, y_cond, k) for k in kappas)
 
 # %% ../../nbs/1_method/04_guidance.ipynb #f103c2af
 @dataclass(frozen=True)
@@ -67,6 +67,6 @@ class Kappa:
         if not k > 0: raise InputError(f'anti-guidance of strength {k} makes no sense; give a number above 0 (Kappa.zero() is the case 0)')
         return cls(-k, -k, -k, 1.)
     @property
-    def blind(self)->bool: return self.kappa1 == self.kappa2 == self.kappa3 == 0    # the fake never sees a prompt
+    def unconditional_fake(self)->bool: return self.kappa1 == self.kappa2 == self.kappa3 == 0    # the fake never sees a prompt
     @property
-    def drops_prompts(self)->bool: return (self.kappa1 != 1 or self.kappa2 != 1) and not self.blind
+    def needs_prompt_dropout(self)->bool: return (self.kappa1 != 1 or self.kappa2 != 1) and not self.unconditional_fake

@@ -12,8 +12,8 @@ import math
 from typing import Callable
 import torch
 from torch import Tensor
-from ..core import InputError, bcast, sample_sum
-from .schedule import named
+from ..core import InputError, expand_like, sum_per_sample
+from .schedule import parse_choice
 
 # %% ../../nbs/1_method/06_losses.ipynb #bc91167e
 def sid_loss(
@@ -25,7 +25,7 @@ def sid_loss(
 )->Tensor: # [B], unweighted, summed over the elements
     "SiD: delta^T r + (1 - alpha) ||delta||^2, delta = y_real - y_fake, r = y_fake3 - x_g (2404.04057; 2406.01561)"
     delta, r = y_real - y_fake, (y_fake if y_fake3 is None else y_fake3) - x_g
-    return sample_sum(delta*r + (1 - alpha)*delta**2)
+    return sum_per_sample(delta*r + (1 - alpha)*delta**2)
 
 # %% ../../nbs/1_method/06_losses.ipynb #fc3bc00b
 class Distance:
@@ -46,7 +46,7 @@ class Distance:
 # %% ../../nbs/1_method/06_losses.ipynb #d1bdcbe1
 def squared()->Distance:
     "||y||^2: SIM with it is twice SiD at alpha = 1"
-    return Distance(lambda y: sample_sum(y**2), lambda y: 2*y)
+    return Distance(lambda y: sum_per_sample(y**2), lambda y: 2*y)
 def huber(
     c0:float=.03, # knee per element: c = c0 sqrt(n), n elements of a sample
     c:float|None=None, # the knee itself; overrides c0
@@ -54,18 +54,18 @@ def huber(
     "Pseudo-Huber sqrt(||y||^2 + c^2) - c over the whole sample (SIM, 2410.16794); raises `InputError`"
     if not 0 < (c0 if c is None else c) < math.inf: raise InputError(f'a Huber knee of {c0 if c is None else c} is no distance; give a number above 0')
     knee = lambda y: c0*math.sqrt(y[0].numel()) if c is None else c
-    length = lambda y: (sample_sum(y**2) + knee(y)**2).sqrt()
-    return Distance(lambda y: length(y) - knee(y), lambda y: y/bcast(length(y), y))
+    length = lambda y: (sum_per_sample(y**2) + knee(y)**2).sqrt()
+    return Distance(lambda y: length(y) - knee(y), lambda y: y/expand_like(length(y), y))
 def p_norm(
     p:float=1.7, # exponent, above 1; 2 is `squared`
 )->Distance:
     "sum_i |y_i|^p; at p = 1.5 and below the gradient of the loss has infinite variance; raises `InputError`"
     if not 1 < p < math.inf: raise InputError(f'the p-norm of p = {p} has no usable slope; give p above 1')
-    return Distance(lambda y: sample_sum(y.abs()**p), lambda y: p*y*y.abs().clamp(min=1e-12)**(p - 2))
+    return Distance(lambda y: sum_per_sample(y.abs()**p), lambda y: p*y*y.abs().clamp(min=1e-12)**(p - 2))
 DISTANCES = {'l2': squared, 'huber': lambda c0=.03: huber(c0), 'huber-abs': lambda c=1.: huber(c=c), 'p': lambda p=1.7: p_norm(p)}
 def distance_of(text:str|Distance)->Distance:
     "The distance of a name such as `l2`, `huber`, `huber:0.1`, `huber-abs:2`, `p:1.5`; a `Distance` is returned as it is; raises `InputError`"
-    return text if isinstance(text, Distance) else named(text, DISTANCES, 'distance')
+    return text if isinstance(text, Distance) else parse_choice(text, DISTANCES, 'distance')
 
 # %% ../../nbs/1_method/06_losses.ipynb #3f827fb7
 def sim_loss(
@@ -78,9 +78,9 @@ def sim_loss(
     unit:Tensor|None=None, # [B] both differences are measured in 1/unit; alpha_t/sigma_t^2 is score space; None: x0 space
 )->Tensor: # [B], unweighted
     "SIM: -d'(y)^T (y_fake3 - x_g), y = y_fake - y_real; gradient flows through d' too (2410.16794)"
-    k = 1. if unit is None else bcast(unit, x_g)
+    k = 1. if unit is None else expand_like(unit, x_g)
     slope = (distance or huber(c=c)).slope(k*(y_fake - y_real))
-    return -sample_sum(slope*(k*((y_fake if y_fake3 is None else y_fake3) - x_g)))
+    return -sum_per_sample(slope*(k*((y_fake if y_fake3 is None else y_fake3) - x_g)))
 
 # %% ../../nbs/1_method/06_losses.ipynb #1fd29f61
 def di_loss(
@@ -162,4 +162,4 @@ def fake_loss(
     snr:Tensor, # [B] (alpha_t/sigma_t)^2, or another weight: `level_weight`
 )->Tensor: # [B], summed over the elements
     "SNR ||y_fake - x_g||^2 = ||eps_hat - eps||^2 = ||v_hat - v||^2 SNR/(SNR+1) (2406.01561, fake-score loss)"
-    return snr*sample_sum((y_fake - x_g)**2)
+    return snr*sum_per_sample((y_fake - x_g)**2)

@@ -9,7 +9,7 @@ __all__ = ['SIGMA_INIT', 'few_steps', 'one_step', 'step_times', 'teacher_sample'
 import torch
 from torch import Tensor
 from ..core import Cond, InputError
-from .guidance import guided
+from .guidance import predict_guided
 
 # %% ../../nbs/1_method/05_sampling.ipynb #d5f3e910
 SIGMA_INIT = 2.5   # sigma/alpha of the generator's input: t = 625 for Stable Diffusion (SiD 2404.04057, MATHS 2.2)
@@ -60,6 +60,6 @@ def teacher_sample(
     x = z*getattr(scheduler, 'init_noise_sigma', 1.)
     for k in scheduler.timesteps:
         t = teacher.scheduler_time(k).expand(len(x))
-        y, = guided(teacher.denoiser, x, t, cond, null, kappa)
+        y, = predict_guided(teacher.denoiser, x, t, cond, null, kappa)
         x = scheduler.step(teacher.schedule.from_x0(y, x, t), k, x, return_dict=False)[0]
     return x

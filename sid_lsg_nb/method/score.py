@@ -7,7 +7,7 @@ __all__ = ['score_from_x0', 'x0_from_score', 'projection', 'fisher']
 
 # %% ../../nbs/1_method/03_score.ipynb #95a3989a
 from torch import Tensor
-from ..core import sample_sum
+from ..core import sum_per_sample
 
 # %% ../../nbs/1_method/03_score.ipynb #576b998a
 def score_from_x0(
@@ -34,7 +34,7 @@ def projection(
     x_g:Tensor, # the generator's output, [B,...]
 )->Tensor: # [B]; its mean is 0 when y = E[x_g | x_t]
     "u(x_t)^T (y - x_g), per sample (SiD 2404.04057, identity 3)"
-    return sample_sum(u*(y - x_g))
+    return sum_per_sample(u*(y - x_g))
 
 # %% ../../nbs/1_method/03_score.ipynb #a7a8619e
 def fisher(
@@ -42,4 +42,4 @@ def fisher(
     y_fake:Tensor, # fake's estimate, [B,...]
 )->Tensor: # [B]
     "||y_real - y_fake||^2: how far teacher and fake disagree; the x0-space Fisher integrand if the fake is exact"
-    return sample_sum((y_real - y_fake)**2)
+    return sum_per_sample((y_real - y_fake)**2)

@@ -16,11 +16,11 @@ from types import SimpleNamespace
 from typing import Iterator
 import torch
 from torch import Tensor, nn
-from ..core import Cond, InputError, sample_sum
-from .guidance import Kappa, guided
+from ..core import Cond, InputError, sum_per_sample
+from .guidance import Kappa, predict_guided
 from .sampling import few_steps, step_times
 from .losses import METHODS, WEIGHTS, Distance, distance_of, fake_loss, family_loss, level_weight
-from .schedule import law_of
+from .schedule import get_timestep_sampling
 from .score import fisher
 
 # %% ../../nbs/1_method/08_steps.ipynb #1ecbba8d
@@ -44,7 +44,7 @@ class Recipe:
     def __post_init__(self):
         if self.method not in METHODS: raise InputError(f'method {self.method!r} is not known; use one of {", ".join(METHODS)}')
         if self.space not in ('x0', 'score'): raise InputError(f'space {self.space!r} is not known; use x0 or score')
-        distance_of(self.distance), law_of(self.timestep_sampling), law_of(self.timestep_sampling_fake or self.timestep_sampling), level_weight(self.fake_loss_weight, torch.ones(1), torch.ones(1))
+        distance_of(self.distance), get_timestep_sampling(self.timestep_sampling), get_timestep_sampling(self.timestep_sampling_fake or self.timestep_sampling), level_weight(self.fake_loss_weight, torch.ones(1), torch.ones(1))
         if self.loss_weight not in WEIGHTS: raise InputError(f'loss_weight {self.loss_weight!r} is not known; use one of {", ".join(WEIGHTS)}')
         if not 0 <= self.t_min < self.t_max: raise InputError(f't range [{self.t_min}, {self.t_max}) is empty or negative; the published one is [20, 980)')
         if not self.t_init > 0: raise InputError(f't_init {self.t_init} must be above 0; leave it out to have it derived from sigma/alpha = 2.5')
@@ -66,7 +66,7 @@ def draw(
     d, law = generator.device, recipe.timestep_sampling_fake if fake and recipe.timestep_sampling_fake else recipe.timestep_sampling
     if fake is None and recipe.timestep_sampling_fake not in (None, recipe.timestep_sampling): raise InputError(f'times of the fake follow {recipe.timestep_sampling_fake}, those of the generator {recipe.timestep_sampling}; say draw(..., fake=True) or fake=False')
     z, eps = (torch.randn(shape, generator=generator, device=d, dtype=dtype) for _ in range(2))
-    noise = SimpleNamespace(z=z, eps=eps, t=schedule.sample_time(shape[0], recipe.t_min, recipe.t_max, generator=generator, device=d, law=law))
+    noise = SimpleNamespace(z=z, eps=eps, t=schedule.sample_time(shape[0], recipe.t_min, recipe.t_max, generator=generator, device=d, sampling=law))
     return noise if recipe.student_steps == 1 else turn(noise, recipe, generator)
 def turn(noise:SimpleNamespace, recipe:Recipe, generator:torch.Generator)->SimpleNamespace: # the same, with k: which step is trained, 0 .. steps-1; again [B,k,C,H,W]: noise of the steps after the first, up to it
     "One step of the chain for the whole batch, uniformly; told by the dice's state, which a CPU knows without asking a GPU"
@@ -107,7 +107,7 @@ def fake_losses(
     "Denoising loss of the fake on the generator's pictures, through guidance with kappa1"
     with torch.no_grad(): x_g = picture(generator, cond, noise, recipe)
     x_t = fake.schedule.add_noise(x_g, noise.eps, noise.t)
-    y_fake, = guided(fake, x_t, noise.t, cond, null, recipe.kappa.kappa1)
+    y_fake, = predict_guided(fake, x_t, noise.t, cond, null, recipe.kappa.kappa1)
     return fake_loss(y_fake, x_g, level_weight(recipe.fake_loss_weight, fake.schedule.alpha(noise.t), fake.schedule.sigma(noise.t)).to(x_g.dtype))
 
 # %% ../../nbs/1_method/08_steps.ipynb #1157a8ff
@@ -120,7 +120,7 @@ def verdict(
     if recipe.method == 'sim' and recipe.space == 'score' and sigma_t is None: raise InputError('a distance between scores depends on the noise level; pass alpha_t and sigma_t [B]')
     unit = (alpha_t/sigma_t**2).to(x_g.dtype) if recipe.space == 'score' and sigma_t is not None else None
     loss = WEIGHTS[recipe.loss_weight](x_g, y_real, alpha_t, sigma_t)*family_loss(x_g, y_real, y_fake, y_fake3, recipe.method, recipe.alpha, recipe.distance, unit)
-    if recipe.method == 'di': loss = loss + 0*sample_sum(y_real + y_fake + y_fake3)             # the judges stay in the graph, with slope 0: all members can be taken apart alike
+    if recipe.method == 'di': loss = loss + 0*sum_per_sample(y_real + y_fake + y_fake3)             # the judges stay in the graph, with slope 0: all members can be taken apart alike
     ok = torch.stack([y.detach().isfinite().flatten(1).all(1) for y in (x_g, y_real, y_fake, y_fake3, loss[:,None])]).all(0)
     return torch.where(ok, loss, 0), ok
 
@@ -134,8 +134,8 @@ def judge(
 )->SimpleNamespace: # loss, ok [B]; x_g, x_t, y_real, y_fake [B,C,H,W]
     "Noise the pictures, ask teacher and fake about them, and compare"
     k, x_t = recipe.kappa, teacher.schedule.add_noise(x_g, noise.eps, noise.t)
-    y_real, = guided(teacher, x_t, noise.t, cond, null, k.kappa4)
-    y_fake, y_fake3 = guided(fake, x_t, noise.t, cond, null, k.kappa2, k.kappa3)
+    y_real, = predict_guided(teacher, x_t, noise.t, cond, null, k.kappa4)
+    y_fake, y_fake3 = predict_guided(fake, x_t, noise.t, cond, null, k.kappa2, k.kappa3)
     loss, ok = verdict(x_g, y_real, y_fake, y_fake3, recipe, teacher.schedule.alpha(noise.t), teacher.schedule.sigma(noise.t))
     return SimpleNamespace(loss=loss, ok=ok, x_g=x_g, x_t=x_t, y_real=y_real, y_fake=y_fake)
 def generator_losses(teacher, fake, generator, cond:Cond, null:Cond, noise:SimpleNamespace, recipe:Recipe)->SimpleNamespace: # see `judge`
@@ -239,9 +239,9 @@ def pull_in_turn(game:Game, x_g:Tensor, cond:Cond, noise:SimpleNamespace, total:
     "The judges' half of the gradient, with one network's graph in memory at a time"
     k, x_g = game.recipe.kappa, x_g.detach().requires_grad_()
     x_t = game.teacher.schedule.add_noise(x_g, noise.eps, noise.t); at = x_t.detach().requires_grad_()
-    ask_fake = lambda x: guided(game.fake.net, x, noise.t, cond, game.null, k.kappa2, k.kappa3)
+    ask_fake = lambda x: predict_guided(game.fake.net, x, noise.t, cond, game.null, k.kappa2, k.kappa3)
     with torch.no_grad(): y_fakes = ask_fake(at)
-    y_real, = guided(game.teacher, at, noise.t, cond, game.null, k.kappa4)
+    y_real, = predict_guided(game.teacher, at, noise.t, cond, game.null, k.kappa4)
     said = [y.detach().requires_grad_() for y in (y_real, *y_fakes)]
     loss, ok = verdict(x_g, *said, game.recipe, game.teacher.schedule.alpha(noise.t), game.teacher.schedule.sigma(noise.t))
     if game.rival: loss = game.rival.keep*loss

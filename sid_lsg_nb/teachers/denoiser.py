@@ -74,7 +74,7 @@ class Teacher:
         return (c.in_channels, *((s, s) if isinstance(s, int) else s))
     def make_scheduler(self):
         "The diffusers scheduler of its own many-step sampling: a fresh DPM-Solver++, which leaves out a last row that cannot be asked"
-        whole = self.schedule.asked_until == len(self.schedule)
+        whole = self.schedule.x0_defined_until == len(self.schedule)
         return DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config, **({} if whole else dict(timestep_spacing='leading', steps_offset=0)))
     def scheduler_time(self, k:Tensor)->Tensor:
         "The schedule's time of one of the solver's timesteps"
@@ -83,7 +83,7 @@ class Teacher:
         "Raise `InputError` for guidance that the network cannot give; this kind can give any"
     def check_t_init(self, t_init): # the generator's time
         "Raise `InputError` for a generator that could not be saved or asked; this kind starts wherever the network says something about x_0"
-        self.schedule.check_asked(t_init)
+        self.schedule.check_x0_defined(t_init)
     @torch.no_grad()
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
         "Latents to pictures"

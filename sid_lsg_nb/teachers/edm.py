@@ -22,10 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from ..core import Cond, InputError, atomic_folder, bcast, noise_for, to_device
-from ..method.schedule import EDMSchedule, check_times, karras, law_times, table_dtype
+from ..core import Cond, InputError, atomic_folder, expand_like, noise_for, to_device
+from ..method.schedule import EDMSchedule, check_time_range, karras_sigma, sample_time_from, widest_float
 from .denoiser import Denoiser
-from ..method.guidance import Kappa, guided
+from ..method.guidance import Kappa, predict_guided
 from ..method.sampling import SIGMA_INIT, few_steps, step_times
 from ..checkpoint_reader import find_network, read_checkpoint
 
@@ -54,8 +54,8 @@ class EDMPrecond(nn.Module):
         "c_skip x + c_out F(c_in x, c_noise)"
         c_skip, c_out, c_in, c_noise = scalings(sigma.to(x.dtype), self.config.get('sigma_data', .5))
         low = next(self.model.parameters(), x).dtype
-        out = self.model((bcast(c_in, x)*x).to(low), c_noise, class_labels=class_labels, augment_labels=augment_labels)
-        return bcast(c_skip, x)*x + bcast(c_out, x)*out.to(x.dtype)
+        out = self.model((expand_like(c_in, x)*x).to(low), c_noise, class_labels=class_labels, augment_labels=augment_labels)
+        return expand_like(c_skip, x)*x + expand_like(c_out, x)*out.to(x.dtype)
     @property
     def classes(self)->int: return self.config.get('label_dim', 0)
     @property
@@ -231,19 +231,19 @@ def song_unet(config:dict)->EDMPrecond:
 # %% ../../nbs/2_teachers/09_edm.ipynb #f230a638
 class KarrasSchedule(EDMSchedule):
     "x_t = x_0 + sigma eps with sigma = karras(t/1000): time counts along EDM's noise levels (2206.00364 eq. 5; SiD 2404.04057)"
-    usual = 0, 800 # SiD's u < .8
+    default_range = 0, 800 # SiD's u < .8
     def __init__(self, lo:float=.002, hi:float=80., rho:float=7.): super().__init__(); self.lo, self.hi, self.rho = lo, hi, rho
     def __len__(self): return 1000
-    def alpha(self, t:Tensor)->Tensor: return torch.ones(t.shape, device=t.device, dtype=table_dtype(t.device))
-    def sigma(self, t:Tensor)->Tensor: return karras(t.to(table_dtype(t.device))/len(self), self.lo, self.hi, self.rho)
-    def time_of(self, sigma:float)->float: # 499.3 for 2.5
+    def alpha(self, t:Tensor)->Tensor: return torch.ones(t.shape, device=t.device, dtype=widest_float(t.device))
+    def sigma(self, t:Tensor)->Tensor: return karras_sigma(t.to(widest_float(t.device))/len(self), self.lo, self.hi, self.rho)
+    def sigma_to_t(self, sigma:float)->float: # 499.3 for 2.5
         "The time of a level; not rounded, times are continuous here"
         lo, hi, now = (s**(1/self.rho) for s in (self.lo, self.hi, sigma))
         return len(self)*(now - lo)/(hi - lo)
-    def sample_time(self, n:int, t_min:float=usual[0], t_max:float=usual[1], generator=None, device='cpu', law:str='uniform')->Tensor:
-        "n times, uniform on [t_min, t_max) (the default is SiD's law of the generator's step), or by another of `LAWS`"
-        check_times(t_min, t_max, 0, len(self))
-        if law != 'uniform': return law_times(self, law, n, t_min, t_max, generator, device)
+    def sample_time(self, n:int, t_min:float=default_range[0], t_max:float=default_range[1], generator=None, device='cpu', sampling:str='uniform')->Tensor:
+        "n times, uniform on [t_min, t_max) (the default is SiD's law of the generator's step), or by another of `TIMESTEP_SAMPLINGS`"
+        check_time_range(t_min, t_max, 0, len(self))
+        if sampling != 'uniform': return sample_time_from(self, sampling, n, t_min, t_max, generator, device)
         return t_min + (t_max - t_min)*torch.rand(n, generator=generator, device=device)
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #72bcce9e
@@ -295,7 +295,7 @@ def edm_sigmas(
 )->Tensor: # [steps + 1] falling, the last one 0; float64
     "Noise levels of EDM's sampler (2206.00364, eq. 5); raises `InputError` for no steps"
     if steps < 1: raise InputError(f'{steps} sampler steps make no picture; give 1 or more (EDM: 18 for CIFAR-10)')
-    return torch.cat([karras(torch.linspace(1, 0, steps, dtype=torch.float64), lo, hi, rho), torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64), lo, hi, rho), torch.zeros(1, dtype=torch.float64)])
 @torch.no_grad()
 def edm_sampler(
     denoiser, # `(x_t, t, cond) -> y` with alpha_t = 1: its schedule is an `EDMSchedule` or `KarrasSchedule`
@@ -305,8 +305,8 @@ def edm_sampler(
 )->list[Tensor]: # the state at each level, [B, ...] each; in float64 where there is one
     "EDM's deterministic sampler (2206.00364, Algorithm 1), with every state on its way"
     levels = (edm_sigmas() if sigmas is None else sigmas).tolist()
-    def slope(x, s): return (x - denoiser(x, torch.full((len(x),), denoiser.schedule.time_of(s), dtype=x.dtype, device=x.device), cond).to(x.dtype))/s
-    path = [z.to(table_dtype(z.device))*levels[0]]
+    def slope(x, s): return (x - denoiser(x, torch.full((len(x),), denoiser.schedule.sigma_to_t(s), dtype=x.dtype, device=x.device), cond).to(x.dtype))/s
+    path = [z.to(widest_float(z.device))*levels[0]]
     for now, then in zip(levels, levels[1:]):
         x, d = path[-1], slope(path[-1], now)
         path.append(x + (then - now)*(d if then == 0 else (d + slope(x + (then - now)*d, then))/2))
@@ -321,7 +321,7 @@ class GuidedDenoiser:
     kappa:float
     @property
     def schedule(self): return self.denoiser.schedule
-    def __call__(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: return guided(self.denoiser, x_t, t, cond, self.null, self.kappa)[0]
+    def __call__(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: return predict_guided(self.denoiser, x_t, t, cond, self.null, self.kappa)[0]
 @dataclass
 class EDMTeacher:
     "An EDM network with the face of `Teacher`: pixels are latents, classes are prompts"
@@ -371,7 +371,7 @@ class EDMStudent:
         "One picture per prompt; seeds: one integer each, default 0, 1, 2, ..."
         t, seeds = self.teacher, [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]
         zs = [noise_for([s + 1_000_003*k for s in seeds], t.latent_shape).to(t.device) for k in range(steps)]
-        return t.decode(few_steps(t.denoiser, zs, t.text(list(prompts)), step_times(t.schedule.time_of(t.sigma_init), steps)))
+        return t.decode(few_steps(t.denoiser, zs, t.text(list(prompts)), step_times(t.schedule.sigma_to_t(t.sigma_init), steps)))
 def edm_teacher(net:EDMPrecond, path:str='', device='cpu', sigma_init:float|None=None)->EDMTeacher:
     "A frozen teacher around a network"
     net = net.to(device).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from ..core import Cond, InputError, atomic_folder, bcast, cond_map, noise_for, to_device
+from ..core import Cond, InputError, atomic_folder, expand_like, cond_map, noise_for, to_device
 from ..method.schedule import FlowSchedule
 from .loading import CLIP_TOKENIZERS, GEMMA_TOKENIZERS, PLAIN_VAE, T5_TOKENIZERS, Layout, open_pipeline
 from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class
@@ -209,7 +209,7 @@ class SanaTextEncoder:
         return dict(encoder_hidden_states=places(self.model(ids, attention_mask=mask)[0].float()), encoder_attention_mask=places(mask))
     def __call__(self, prompts:list[str])->Cond:
         empty = to_device(torch.tensor([not p.strip() for p in prompts]), self.model.device)
-        return cond_map(lambda c, n: torch.where(bcast(empty, c), n, c), self.encode(prompts, self.instruction), self.null())
+        return cond_map(lambda c, n: torch.where(expand_like(empty, c), n, c), self.encode(prompts, self.instruction), self.null())
     def null(self)->Cond: # the same with B = 1
         "The conditioning of \"\": no instruction"
         if self._null is None: self._null = self.encode([''])

@@ -9,7 +9,7 @@ __all__ = ['BROKEN', 'split', 'join', 'CheckpointError', 'is_whole', 'numbered',
 # %% ../../nbs/6_training/01_checkpoint.ipynb #2ab1ae21
 import hashlib, json, os, warnings
 from pathlib import Path
-from ..core import RunError, atomic_folder, clean_up, remove
+from ..core import RunError, atomic_folder, clean_up, remove_path
 
 # %% ../../nbs/6_training/01_checkpoint.ipynb #2032a1a0
 def split(tree, path:str=''): # dicts, lists, tuples, tensors, numbers, strings, None
@@ -85,7 +85,7 @@ def save_checkpoint(
             meta = dict(nimg=nimg, sha256=_sha256(file), bytes=file.stat().st_size, tree_sha256=_sha_tree(skeleton), tree=skeleton)
             (tmp/'state.json').write_text(json.dumps(meta))
             if os.path.lexists(final) and not is_whole(final): set_aside(final)
-        for old in checkpoints(root)[keep:]: remove(old)
+        for old in checkpoints(root)[keep:]: remove_path(old)
     except Exception as e:
         last = next(iter(checkpoints(root)), 'none')
         raise CheckpointError(f'could not write a checkpoint in {root} ({e}); free some space; the last good one is {last}') from e

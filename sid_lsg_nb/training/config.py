@@ -8,7 +8,7 @@ import importlib.util, itertools, json, math, re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin, get_type_hints
-from ..core import InputError, atomic_write, read_json, read_rows
+from ..core import InputError, atomic_write, read_json, read_jsonl
 from ..method.guidance import Kappa
 from .checkpoint import CheckpointError, checkpoints, load_facts
 if TYPE_CHECKING: from sid_lsg_nb.method.steps import Recipe
@@ -253,7 +253,7 @@ def run_folder(config:Config)->Path:
 LOG_COLUMNS = 'nimg', 'fisher', 'loss', 'norm', 'loss_fake', 'norm_fake'
 def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are none
     "The lines of log.jsonl that are whole"
-    rows, bad = read_rows(file)
+    rows, bad = read_jsonl(file)
     good = [r for r in rows if all(isinstance(r.get(k), (int, float)) for k in LOG_COLUMNS)]
     return good, len(bad) + len(rows) - len(good)
 

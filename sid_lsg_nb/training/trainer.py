@@ -150,12 +150,12 @@ def timed(config:Config, teacher)->Recipe:
     schedule = teacher.schedule; table = isinstance(schedule, DiscreteSchedule); times = [v for k in ('t_init', 't_min', 't_max') if (v := getattr(config, k)) is not None]
     teacher.check_guidance(guidance_scales(config))
     if table and any(v != int(v) for v in times): raise InputError(f'teacher {teacher.path!r} has a table of {len(schedule)} times; give whole numbers for t_init, t_min and t_max')
-    t_init = getattr(teacher, 't_init', schedule.time_of(SIGMA_INIT)) if config.t_init is None else config.t_init
+    t_init = getattr(teacher, 't_init', schedule.sigma_to_t(SIGMA_INIT)) if config.t_init is None else config.t_init
     t_init = t_init if table else float(t_init)                        # a whole number would mean a table's row
     last = len(schedule) - table if hasattr(schedule, '__len__') else 1
     if t_init > last: raise InputError(f't_init {t_init} lies beyond the teacher\'s last time, {last}; leave it out to have it derived')
-    teacher.check_t_init(t_init); recipe = recipe_of(config, t_init, schedule.usual)
-    for law in (recipe.timestep_sampling, recipe.timestep_sampling_fake or recipe.timestep_sampling): schedule.sample_time(1, recipe.t_min, recipe.t_max, law=law)
+    teacher.check_t_init(t_init); recipe = recipe_of(config, t_init, schedule.default_range)
+    for law in (recipe.timestep_sampling, recipe.timestep_sampling_fake or recipe.timestep_sampling): schedule.sample_time(1, recipe.t_min, recipe.t_max, sampling=law)
     return recipe
 LIGHT = 1_000_000_000 # weights; heavier text encoders are opened in another precision on another device
 def fingerprint(teacher)->str: # SHA-256
@@ -213,7 +213,7 @@ def setup(config:Config, team:Team|None=None, teacher:Teacher|None=None)->Job: #
 def iterate(job:Job):
     "The run as an iterator: `distill` on the config's prompts and seeds"
     c, r = job.config, job.game.recipe
-    batches = text_batches(job.stream, job.teacher.text, c.total_batch_size, c.micro_batch, c.proportion_empty_prompts*r.kappa.drops_prompts, job.drops, job.team.shard)
+    batches = text_batches(job.stream, job.teacher.text, c.total_batch_size, c.micro_batch, c.proportion_empty_prompts*r.kappa.needs_prompt_dropout, job.drops, job.team.shard)
     real = None if job.real is None else real_batches(job.real, c.total_batch_size, c.micro_batch, c.seed + 2, job.nimg, job.team.shard, job.team.device)
     return distill(job.game, batches, job.teacher.latent_shape, rng=job.dice, ema=job.ema, nimg=job.nimg, shard=job.team.shard, real=real)
 
