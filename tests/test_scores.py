@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from sid_lsg_nb.core import rng
 from sid_lsg_nb.data.images import file_sha256, images_from_folder
-from sid_lsg_nb.metrics.features import INCEPTION, Compute, Preprocess, extract_features, load_inception, resize_tensorflow
+from sid_lsg_nb.metrics.features import INCEPTION, Compute, Preprocess, extract_features, load_inception
+from sid_lsg_nb.metrics.features import resize_tensorflow
 from sid_lsg_nb.metrics.fid import kid, prdc
 from sid_lsg_nb.metrics.frechet import frechet_distance
 
@@ -81,7 +82,7 @@ def test_tf_resize_torch_fidelity(capsys):
     for h, w in ((32, 32), (256, 256), (300, 512)):
         x = np.random.default_rng(1).integers(0, 256, (h, w, 3), dtype=np.uint8)
         y = theirs(torch.from_numpy(x).permute(2, 0, 1)[None].float(), size=(299, 299), align_corners=False)[0]
-        assert (resize_tensorflow(x, 299) - y).abs().max() < .03           # of 255: the grid of the published file is float32
+        assert (resize_tensorflow(x, 299) - y).abs().max() < .03         # of 255: the published file's grid is float32
 
 # ---- Inception itself
 
@@ -142,4 +143,4 @@ def test_inception_against_clean_fid(weights, tmp_path, capsys):
         print(f'\nInception {net.sha[:8]}, {n} and {n} pictures: features agree to {worst:.1e} of {scale:.2f}, '
               f'FID {f[0]:.6f} and {f[1]:.6f}, KID {k[0]:.8f} and {k[1]:.8f}')
     assert worst < 1e-4*scale and abs(f[0] - f[1]) < 1e-3*f[1]
-    if n <= 1000: assert abs(k[0] - k[1]) < 1e-4*abs(k[1])               # all pictures in each subset: nothing is random
+    if n <= 1000: assert abs(k[0] - k[1]) < 1e-4*abs(k[1])           # all pictures in each subset: nothing is random
