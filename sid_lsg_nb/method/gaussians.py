@@ -19,39 +19,49 @@ from .schedule import Schedule
 class GaussianMixture:
     "sum_k w_k N(m_k, s_k^2 I): exact density, score and denoiser at every noise level"
     def __init__(self,
-        w:Tensor, # [K] weights, any positive scale
-        m:Tensor, # [K,n] means
-        s:Tensor, # [K] standard deviations
-    ): self.weights, self.means, self.stds = w/w.sum(), m, s
+        weights:Tensor, # [K], any positive scale
+        means:Tensor, # [K,n]
+        stds:Tensor, # [K]
+    ): self.weights, self.means, self.stds = weights/weights.sum(), means, stds
+
     def sample(self, n:int, generator=None)->tuple[Tensor, Tensor]:
         "n points [n,d] and the component [n] each came from"
         k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
-        return self.means[k] + self.stds[k,None]*torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype), k
-    def log_joint(self, x_t:Tensor, a=1., s=0., mask=None)->Tensor: # a, s: alpha_t and sigma_t, numbers or [B,1]
-        "log w_k N(x_t; a m_k, v_k I) [B,K], v_k = a^2 s_k^2 + s^2; `mask` [B,K] keeps the components whose entry is not 0"
-        a, s = torch.as_tensor(a, dtype=x_t.dtype), torch.as_tensor(s, dtype=x_t.dtype)
-        v = a**2*self.stds**2 + s**2                                                   # [B,K] or [K]
-        d2 = ((x_t[:,None] - a[...,None]*self.means)**2).sum(-1)                        # [B,K]
+        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return self.means[k] + self.stds[k,None]*noise, k
+
+    def log_joint(self, x_t:Tensor, alpha_t=1., sigma_t=0., mask=None)->Tensor: # levels: numbers or [B,1]
+        "log w_k N(x_t; alpha_t m_k, v_k I) [B,K]; `mask` [B,K] keeps the components whose entry is not 0"
+        a, s = (torch.as_tensor(v, dtype=x_t.dtype) for v in (alpha_t, sigma_t))
+        v = a**2*self.stds**2 + s**2                             # [B,K] or [K]
+        d2 = ((x_t[:,None] - a[...,None]*self.means)**2).sum(-1) # [B,K]
         lj = self.weights.log() - x_t.shape[1]/2*(2*math.pi*v).log() - d2/(2*v)
         return lj if mask is None else lj.masked_fill(mask == 0, -math.inf)
-    def log_prob(self, x_t:Tensor, a=1., s=0.)->Tensor:
+
+    def log_prob(self, x_t:Tensor, alpha_t=1., sigma_t=0.)->Tensor:
         "log p_t(x_t) [B]"
-        return self.log_joint(x_t, a, s).logsumexp(1)
-    def denoise(self, x_t:Tensor, a=1., s=0., mask=None)->Tensor:
+        return self.log_joint(x_t, alpha_t, sigma_t).logsumexp(1)
+
+    def denoise(self, x_t:Tensor, alpha_t=1., sigma_t=0., mask=None)->Tensor:
         "E[x_0 | x_t] [B,n]: each component's linear answer, weighted by its responsibility"
-        a_, s_ = torch.as_tensor(a, dtype=x_t.dtype)[...,None], torch.as_tensor(s, dtype=x_t.dtype)[...,None]
+        a, s = (torch.as_tensor(v, dtype=x_t.dtype)[...,None] for v in (alpha_t, sigma_t))
         s2 = self.stds[:,None]**2
-        each = self.means + a_*s2/(a_**2*s2 + s_**2)*(x_t[:,None] - a_*self.means)          # [B,K,n]
-        return (self.log_joint(x_t, a, s, mask).softmax(1)[...,None]*each).sum(1)
-    def score(self, x_t:Tensor, a=1., s=0., mask=None)->Tensor:
+        each = self.means + a*s2/(a**2*s2 + s**2)*(x_t[:,None] - a*self.means) # [B,K,n]
+        return (self.log_joint(x_t, alpha_t, sigma_t, mask).softmax(1)[...,None]*each).sum(1)
+
+    def score(self, x_t:Tensor, alpha_t=1., sigma_t=0., mask=None)->Tensor:
         "grad log p_t(x_t) [B,n], by Tweedie's formula"
-        return (a*self.denoise(x_t, a, s, mask) - x_t)/s**2
+        return (alpha_t*self.denoise(x_t, alpha_t, sigma_t, mask) - x_t)/sigma_t**2
 
 # %% ../../nbs/1_method/02_gaussians.ipynb #92ade86e
 class ExactDenoiser(nn.Module):
-    "A mixture behind the Denoiser's face `(x_t, t, cond) -> y`; `cond['mask']` [B,K] says which components the prompt allows"
-    def __init__(self, mixture:GaussianMixture, schedule:Schedule): super().__init__(); self.mixture, self.schedule = mixture, schedule
+    "A mixture called like a denoiser, `(x_t, t, cond) -> y`; `cond['mask']` [B,K]: which components the prompt allows"
+    def __init__(self, mixture:GaussianMixture, schedule:Schedule):
+        super().__init__()
+        self.mixture, self.schedule = mixture, schedule
+
     def forward(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,...], [B], Cond -> [B,...]
+        "E[x_0 | x_t, prompt]"
         x = x_t.flatten(1)                                      # pictures are points too
         return self.mixture.denoise(x, *self.schedule.levels(t, x), cond.get('mask')).reshape(x_t.shape)
 
@@ -81,24 +91,33 @@ def gauss_hermite(
 @dataclass(frozen=True)
 class GaussianPair:
     "Data N(mu1, s1^2) and generator mu2 + s2 z at one noise level (1-D): exact denoisers and divergences"
-    mu1:float; s1:float # the data
-    mu2:float; s2:float # the generator
-    alpha_t:float=1.; sigma_t:float=1. # the noise level
+    mu1:float # of the data
+    s1:float # of the data
+    mu2:float # of the generator
+    s2:float # of the generator
+    alpha_t:float=1. # the noise level
+    sigma_t:float=1. # the noise level
+
     @property
     def v1(self): return self.alpha_t**2*self.s1**2 + self.sigma_t**2
+
     @property
     def v2(self): return self.alpha_t**2*self.s2**2 + self.sigma_t**2
+
     def y_real(self, x_t):
         "E[x_0 | x_t] of the data: the perfect teacher"
         return self.mu1 + self.alpha_t*self.s1**2/self.v1*(x_t - self.alpha_t*self.mu1)
+
     def y_fake(self, x_t):
         "E[x_g | x_t] of the generator: the perfect fake"
         return self.mu2 + self.alpha_t*self.s2**2/self.v2*(x_t - self.alpha_t*self.mu2)
+
     def fisher(self):
-        "Fisher divergence between the noised laws, in score space; times sigma_t^4/alpha_t^2 in x0 space"
+        "Fisher divergence of the noised distributions, between scores; times sigma_t^4/alpha_t^2 between denoisers"
         return (self.v1 - self.v2)**2/(self.v1**2*self.v2) + self.alpha_t**2*(self.mu1 - self.mu2)**2/self.v1**2
+
     def kl(self):
-        "KL(generator | data) of the noised laws"
+        "KL(generator | data) of the noised distributions"
         q = self.v2/self.v1
         return (q - 1 - math.log(q) + self.alpha_t**2*(self.mu1 - self.mu2)**2/self.v1)/2
 
@@ -111,11 +130,14 @@ CASE_C = GaussianPair(mu1=.7, s1=.9, mu2=-.3, s2=.5, alpha_t=.8, sigma_t=.6)
 def sid_grad(p:GaussianPair, alpha:float=1.)->tuple[float, float]: # d/dmu2, d/ds2
     "Gradient of E[delta (y_real - x_g) - alpha delta^2], SiD's loss (2404.04057)"
     k, d = p.sigma_t**4/(p.v1**2*p.v2), p.v1 - p.v2
-    return -k*(p.mu1 - p.mu2)*(p.v1 - 2*(1 - alpha)*d), -2*k*p.s2*d/p.v2*(alpha*p.v1 + (1 - alpha)*p.v2)
+    d_mu2 = -k*(p.mu1 - p.mu2)*(p.v1 - 2*(1 - alpha)*d)
+    return d_mu2, -2*k*p.s2*d/p.v2*(alpha*p.v1 + (1 - alpha)*p.v2)
+
 def naive_grad(p:GaussianPair)->tuple[float, float]: # d/dmu2, d/ds2
     "Gradient of E[delta^2] with a frozen fake: the loss that collapses the generator"
     k, d = 2*p.sigma_t**4/(p.v1**2*p.v2), p.v1 - p.v2
     return k*(p.mu1 - p.mu2)*d, k*p.s2*d**2/p.v2
+
 def di_grad(p:GaussianPair)->tuple[float, float]: # d/dmu2, d/ds2
     "Gradient of Diff-Instruct, -sg[delta] x_g (2305.18455)"
     return -p.sigma_t**2*(p.mu1 - p.mu2)/p.v1, -p.sigma_t**2*p.s2*(p.v1 - p.v2)/(p.v1*p.v2)
@@ -127,7 +149,9 @@ def sim_grad(
     unit:float=1., # y is measured in score * unit: 1 is score space, sigma_t^2/alpha_t is x0 space
 )->tuple[float, float]: # d/dmu2, d/ds2
     "Gradient of SIM's loss -d'(y) (y_fake - x_g) for any distance (2410.16794)"
-    q = torch.linspace(-9, 9, 20_001, dtype=torch.float64); w = (-q**2/2).exp(); w = w/w.sum()
+    q = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    w = (-q**2/2).exp()
+    w = w/w.sum()
     u = q*p.v2**.5
     g = unit*d_prime(-unit*(u*(1/p.v2 - 1/p.v1) + p.alpha_t*(p.mu1 - p.mu2)/p.v1))
     return (p.alpha_t/p.v2*(w*g).sum()).item(), (2*p.alpha_t**2*p.s2/p.v2**2*(w*u*g).sum()).item()

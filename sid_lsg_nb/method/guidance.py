@@ -12,7 +12,7 @@ if TYPE_CHECKING: from torch import Tensor
 else: Tensor = TypeVar('Tensor')
 
 # %% auto #0
-__all__ = ['apply_guidance', 'predict_guided', 'Kappa']
+__all__ = ['NOT_FINITE', 'TEACHER_BELOW_0', 'FAKE_BELOW_0', 'NO_STRENGTH', 'apply_guidance', 'predict_guided', 'Kappa']
 
 # %% ../../nbs/1_method/04_guidance.ipynb #0ce12cfd
 def apply_guidance(
@@ -32,41 +32,60 @@ def predict_guided(
     null:Cond, # of "", [1, ...]
     *kappas:float, # guidance scales
 )->tuple[Tensor, ...]: # one x0 estimate per kappa, [B, ...] each
-    "Guided estimates from one forward: plain if every kappa is 1, without the prompt if every kappa is 0, else one doubled batch"
+    "Guided estimates from one forward: a plain batch if all kappas are 1 or all are 0, else one doubled batch"
     import torch
     if all(k == 1 for k in kappas): return (denoiser(x_t, t, cond),)*len(kappas)
-    if all(k == 0 for k in kappas): return (denoiser(x_t, t, cond_expand(null, len(x_t))),)*len(kappas)
-    both = cond_cat(cond_expand(null, len(x_t)), cond)
-    y_null, y_cond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    null = cond_expand(null, len(x_t))
+    if all(k == 0 for k in kappas): return (denoiser(x_t, t, null),)*len(kappas)
+    y_null, y_cond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cond_cat(null, cond)).chunk(2)
     return tuple(apply_guidance(y_null, y_cond, k) for k in kappas)
 
 # %% ../../nbs/1_method/04_guidance.ipynb #f103c2af
+NOT_FINITE = '{name} = {k} makes no sense; give a finite number (0 ignores the prompt, 1 is no guidance)'
+TEACHER_BELOW_0 = ('kappa4 = {k} makes no sense; give the teacher a number >= 0 '
+                   '(0 ignores the prompt, 1 is no guidance)')
+FAKE_BELOW_0 = ('kappa1, kappa2, kappa3 = {}, {}, {}: below 0 go either kappa2 and kappa3 together, '
+                'or all three (Kappa.anti)')
+NO_STRENGTH = 'anti-guidance of strength {k} makes no sense; give a number above 0 (Kappa.zero() is the case 0)'
+
 @dataclass(frozen=True)
 class Kappa:
-    "Guidance scales of SiD-LSG: where, not only how much (2406.01561, MATHS 2.1); finite, and below 0 only for the fake, else `InputError`"
+    "Guidance scales of SiD-LSG (2406.01561): finite, and below 0 only for the fake, else `InputError`"
     kappa1:float=1. # the fake, while it is trained
     kappa2:float=1. # the fake, inside y_real - y_fake
     kappa3:float=1. # the fake, inside y_fake - x_g
     kappa4:float=1. # the teacher
+
     def __post_init__(self):
-        k1, k2, k3 = (self.kappa1, self.kappa2, self.kappa3)
+        k1, k2, k3 = self.kappa1, self.kappa2, self.kappa3
         for name, k in asdict(self).items():
-            if not math.isfinite(k): raise InputError(f'{name} = {k} makes no sense; give a finite number (0 ignores the prompt, 1 is no guidance)')
-        if self.kappa4 < 0: raise InputError(f'kappa4 = {self.kappa4} makes no sense; give the teacher a number >= 0 (0 ignores the prompt, 1 is no guidance)')
-        if (k2 < 0) != (k3 < 0) or k1 < 0 <= k2: raise InputError(f'kappa1, kappa2, kappa3 = {k1}, {k2}, {k3}: below 0 go either kappa2 and kappa3 together, or all three (Kappa.anti)')
+            if not math.isfinite(k): raise InputError(NOT_FINITE.format(name=name, k=k))
+        if self.kappa4 < 0: raise InputError(TEACHER_BELOW_0.format(k=self.kappa4))
+        if (k2 < 0) != (k3 < 0) or k1 < 0 <= k2: raise InputError(FAKE_BELOW_0.format(k1, k2, k3))
+
     @classmethod
     def lsg(cls, k:float)->'Kappa': return cls(k, k, k, k)
+
     @classmethod
     def long(cls, k:float)->'Kappa': return cls(1., 1., 1., k)
+
     @classmethod
     def short(cls, k:float)->'Kappa': return cls(k, 1., 1., 1.)
+
     @classmethod
     def zero(cls)->'Kappa': return cls(0., 0., 0., 1.)
+
     @classmethod
     def anti(cls, k:float)->'Kappa': # k > 0
-        if not k > 0: raise InputError(f'anti-guidance of strength {k} makes no sense; give a number above 0 (Kappa.zero() is the case 0)')
+        if not k > 0: raise InputError(NO_STRENGTH.format(k=k))
         return cls(-k, -k, -k, 1.)
+
     @property
-    def unconditional_fake(self)->bool: return self.kappa1 == self.kappa2 == self.kappa3 == 0    # the fake never sees a prompt
+    def unconditional_fake(self)->bool:
+        "Does the fake never see a prompt?"
+        return self.kappa1 == self.kappa2 == self.kappa3 == 0
+
     @property
-    def needs_prompt_dropout(self)->bool: return (self.kappa1 != 1 or self.kappa2 != 1) and not self.unconditional_fake
+    def needs_prompt_dropout(self)->bool:
+        "Does the fake need an empty branch trained beside its prompted one?"
+        return (self.kappa1 != 1 or self.kappa2 != 1) and not self.unconditional_fake

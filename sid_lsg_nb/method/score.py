@@ -18,6 +18,7 @@ def score_from_x0(
 )->Tensor: # [B,...]
     "S(x_t) = -(x_t - alpha_t y)/sigma_t^2 (Tweedie; SiD 2404.04057, identity 1)"
     return (alpha_t*y - x_t)/sigma_t**2
+
 def x0_from_score(
     S:Tensor, # score at x_t, [B,...]
     x_t:Tensor, # [B,...]
