@@ -37,7 +37,7 @@ FLOORS = (
     Floor('3_data', 'data', 'Data', 'prompts, folders of images, real images for training'),
     Floor('4_metrics', 'metrics', 'Metrics', 'FID, KID, precision and recall, CLIP score, the protocols of papers'),
     Floor('5_export', 'export', 'Export', 'single files, LoRA, ONNX, the model card; official checkpoints read in'),
-    Floor('6_training', 'training', 'Training', 'settings, memory, processes, checkpoints, log, alarm, trainer'),
+    Floor('6_training', 'training', 'Training', 'settings, memory, processes, checkpoints, log, alarm, pictures, trainer'),
     Floor('7_commands', 'commands', 'Commands', 'the command line, and commands with a chapter of their own',
           ('cli',)),
     Floor('8_stories', None, 'Stories', 'whole runs to read from end to end; they export nothing'),

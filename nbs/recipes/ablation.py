@@ -22,7 +22,7 @@ from sid_lsg_nb.core import EMBEDDED
 from sid_lsg_nb.metrics.tiny import TinyClip, load_world, tiny_score
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.trainer import iterate, setup
-from sid_lsg_nb.training.log import many_step_draw, student_draw
+from sid_lsg_nb.training.drawing import many_step_draw, student_draw
 
 @dataclass(frozen=True)
 class Setting:

@@ -14,7 +14,7 @@ import torch
 from sid_lsg_nb.teachers.denoiser import load_sd
 from sid_lsg_nb.metrics.tiny import TinyClip, tiny_score
 from sid_lsg_nb.training.config import Config
-from sid_lsg_nb.training.log import many_step_draw
+from sid_lsg_nb.training.drawing import many_step_draw
 
 IMAGES = Path(__file__).parent.parent/'images'
 

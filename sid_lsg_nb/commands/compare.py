@@ -23,7 +23,7 @@ from ..data.prompts import open_prompts
 from ..metrics.protocols import ScoreResult, incompatible_fields, load_result
 from ..export.model_card import protocol
 from ..training.config import Config
-from ..training.log import in_batches
+from ..training.drawing import in_batches
 from .options import Compare
 from .sources import ImageSource, check_sampling, make_sampler, open_source, require_writable, run_summary
 

@@ -18,7 +18,7 @@ from ..teachers.edm import is_edm
 from ..teachers.registry import open_student, open_teacher
 from ..export.model_card import origin
 from ..training.config import Config, run_title, saved_config
-from ..training.log import many_step_draw
+from ..training.drawing import many_step_draw
 
 # %% ../../nbs/7_commands/04_sources.ipynb #78097c2c
 Kind = Literal['student', 'teacher', 'images']
