@@ -28,103 +28,256 @@ from .options import Export, Import
 from .sources import ImageSource, open_source
 
 # %% ../../nbs/7_commands/07_convert.ipynb #26d95c51
-OPTIONS = dict(out=('single-file', 'lora', 'onnx'), base=('lora',), rank=('lora',), kohya=('lora',), dtype=('single-file', 'lora'), title=('single-file', 'card'), results=('card',), push=('card',), public=('card',), device=('lora',))
-def check_options(args:Export):
+OPTIONS = dict(
+    out=('single-file', 'lora', 'onnx'),
+    base=('lora',),
+    rank=('lora',),
+    kohya=('lora',),
+    dtype=('single-file', 'lora'),
+    title=('single-file', 'card'),
+    results=('card',),
+    push=('card',),
+    public=('card',),
+    device=('lora',),
+)
+
+
+def check_options(args: Export):
     "Raise `InputError` for an option that says nothing about this way out"
     for f in fields(Export):
         ways = OPTIONS.get(f.name, (args.to,))
-        if args.to not in ways and getattr(args, f.name) != f.default: raise InputError(f'--{f.name} says nothing about --to {args.to}, it belongs to --to {" and ".join(ways)}; leave it away')
-    if args.public and not args.push: raise InputError('--public is about an upload; give --push OWNER/NAME, or leave it away')
-    if args.push and not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', args.push): raise InputError(f'--push {args.push} must look like owner/name')
-    if args.push and hub.get_token() is None: raise InputError('not logged in to the hub; run `hf auth login`, or set HF_TOKEN')
+        if args.to not in ways and getattr(args, f.name) != f.default:
+            raise InputError(
+                f'--{f.name} says nothing about --to {args.to}, it belongs to --to {" and ".join(ways)}; leave it away'
+            )
+    if args.public and not args.push:
+        raise InputError('--public is about an upload; give --push OWNER/NAME, or leave it away')
+    if args.push and not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', args.push):
+        raise InputError(f'--push {args.push} must look like owner/name')
+    if args.push and hub.get_token() is None:
+        raise InputError('not logged in to the hub; run `hf auth login`, or set HF_TOKEN')
 
 # %% ../../nbs/7_commands/07_convert.ipynb #fea882fd
 DTYPES = dict(fp16=torch.float16, bf16=torch.bfloat16, fp32=torch.float32)
-def size_of(*paths)->str:
+
+
+def size_of(*paths) -> str:
     "Bytes of files and folders, for people"
-    n = sum(f.stat().st_size for p in map(Path, paths) for f in ([p] if p.is_file() else p.rglob('*')) if f.is_file())
-    return f'{n/1e6:,.1f} MB' if n >= 1e5 else f'{n/1e3:,.1f} kB'
-def start_of(folder)->tuple[int, float]:
+    n = sum(
+        f.stat().st_size
+        for p in map(Path, paths)
+        for f in ([p] if p.is_file() else p.rglob('*'))
+        if f.is_file()
+    )
+    return f'{n / 1e6:,.1f} MB' if n >= 1e5 else f'{n / 1e3:,.1f} kB'
+
+
+def start_of(folder) -> tuple[int, float]:
     "t_init and sigma of a saved student, from its scheduler alone"
-    return start(SimpleNamespace(scheduler=EulerDiscreteScheduler.from_pretrained(Path(folder)/'scheduler')))
-def where_to(args:Export, s:ImageSource, ending:str)->Path:
+    return start(
+        SimpleNamespace(scheduler=EulerDiscreteScheduler.from_pretrained(Path(folder) / 'scheduler'))
+    )
+
+
+def where_to(args: Export, s: ImageSource, ending: str) -> Path:
     "Where the file or folder goes; raises `InputError` if it is there already"
-    out = Path(args.out).expanduser() if args.out else (s.home if s.config else s.home.parent)/f'{s.name}{ending}'
-    if out.exists() or not out.absolute().parent.is_dir(): raise InputError(f'{str(out)!r} {"exists" if out.exists() else "lies in no folder"}; give another --out, or {"remove it" if out.exists() else "make the folder first"}')
+    out = (
+        Path(args.out).expanduser()
+        if args.out
+        else (s.home if s.config else s.home.parent) / f'{s.name}{ending}'
+    )
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise InputError(
+            f'{str(out)!r} {"exists" if out.exists() else "lies in no folder"}; give another --out, or '
+            f'{"remove it" if out.exists() else "make the folder first"}'
+        )
     return out
 
 # %% ../../nbs/7_commands/07_convert.ipynb #aedfae00
-def to_single_file(args:Export, s:ImageSource)->list[str]:
+def to_single_file(args: Export, s: ImageSource) -> list[str]:
     "One file with the names of the original Stable Diffusion code"
-    out = where_to(args, s, '.safetensors'); t, sigma = start_of(s.path)
+    out = where_to(args, s, '.safetensors')
+    t, sigma = start_of(s.path)
     single_file(s.path, out, DTYPES[args.dtype], args.title or None)
-    return [f'{out}: {size_of(out)}, {args.dtype}, the layout of the original Stable Diffusion code; its one step starts at sigma {sigma:.4f} (t = {t}), which no program can guess',
-            f'ComfyUI: Load Checkpoint, SamplerCustom with cfg 1, KSamplerSelect euler, ManualSigmas "{sigma:.4f}, 0"', f'A1111: sampler Euler, schedule type Karras, 1 step, CFG scale 1, sigma max {sigma:.4f} in the sampler settings']
-def to_lora(args:Export, s:ImageSource)->list[str]:
+    return [
+        f'{out}: {size_of(out)}, {args.dtype}, the layout of the original Stable Diffusion code; its one step '
+        f'starts at sigma {sigma:.4f} (t = {t}), which no program can guess',
+        f'ComfyUI: Load Checkpoint, SamplerCustom with cfg 1, KSamplerSelect euler, ManualSigmas "{sigma:.4f}, 0"',
+        f'A1111: sampler Euler, schedule type Karras, 1 step, CFG scale 1, sigma max {sigma:.4f} in the sampler '
+        f'settings',
+    ]
+
+
+def to_lora(args: Export, s: ImageSource) -> list[str]:
     "What turns the base model into the student, as far as a rank allows"
     base = args.base or (s.config.teacher if s.config else '')
-    if not base: raise InputError(f'{args.run!r} is no run folder and does not say what it was distilled from; give --base MODEL')
-    if args.rank < 1: raise InputError(f'rank {args.rank} must be at least 1')
-    out = where_to(args, s, '-lora'); one = is_single_file(base); where = base if one else find_pipeline(base)
-    opened = open_teacher(base, prediction_type=(s.config.prediction_type if s.config else '') or 'epsilon') if one else base     # only its weights are compared
-    r = save_lora(opened, s.path, out, args.rank, DTYPES[args.dtype], args.kohya, pick_device(args.device)); worst = max(r['layers'], key=r['layers'].get)
-    return [f'{out}: {size_of(out)}, {args.dtype}, rank {r["rank"]}' + (', with kohya.safetensors' if args.kohya else '') + f'; relative error of the change in the weights {r["error"]:.3f} (worst: {r["layers"][worst]:.3f}, {worst}), {r["left_out"]:.2%} of the squared change is in biases and norms and stays behind; all layers in report.json',
-            f"from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline; pipe = StableDiffusionPipeline.{'from_single_file' if one else 'from_pretrained'}({where!r}); pipe.load_lora_weights({str(out)!r}, weight_name='pytorch_lora_weights.safetensors')",
-            f"pipe.scheduler = EulerDiscreteScheduler.from_pretrained({str(out/'scheduler')!r}); image = pipe('a prompt', num_inference_steps=1, guidance_scale=0).images[0]"]
-def to_onnx(args:Export, s:ImageSource)->list[str]:
+    if not base:
+        raise InputError(
+            f'{args.run!r} is no run folder and does not say what it was distilled from; give --base MODEL'
+        )
+    if args.rank < 1:
+        raise InputError(f'rank {args.rank} must be at least 1')
+    out = where_to(args, s, '-lora')
+    one = is_single_file(base)
+    where = base if one else find_pipeline(base)
+    opened = (
+        open_teacher(base, prediction_type=(s.config.prediction_type if s.config else '') or 'epsilon')
+        if one
+        else base
+    )  # only its weights are compared
+    r = save_lora(opened, s.path, out, args.rank, DTYPES[args.dtype], args.kohya, pick_device(args.device))
+    worst = max(r['layers'], key=r['layers'].get)
+    return [
+        f'{out}: {size_of(out)}, {args.dtype}, rank {r["rank"]}'
+        + (', with kohya.safetensors' if args.kohya else '')
+        + f'; relative error of the change in the weights {r["error"]:.3f} (worst: {r["layers"][worst]:.3f}, '
+          f'{worst}), {r["left_out"]:.2%} of the squared change is in biases and norms and stays behind; all '
+          f'layers in report.json',
+        f"from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline; pipe = "
+        f"StableDiffusionPipeline.{'from_single_file' if one else 'from_pretrained'}({where!r}); "
+        f"pipe.load_lora_weights({str(out)!r}, weight_name='pytorch_lora_weights.safetensors')",
+        f"pipe.scheduler = EulerDiscreteScheduler.from_pretrained({str(out / 'scheduler')!r}); image = pipe('a "
+        f"prompt', num_inference_steps=1, guidance_scale=0).images[0]",
+    ]
+
+
+def to_onnx(args: Export, s: ImageSource) -> list[str]:
     "The whole way from noise to picture as one graph"
-    out = export_onnx(s.path, where_to(args, s, '-onnx')); z = json.loads((out/'one_step.json').read_text())['z']
-    return [f'{out}: {size_of(out)}, fp32, one graph (z, input_ids) -> image in [-1, 1], any batch size',
-            f"import numpy, onnxruntime; from transformers import CLIPTokenizer; ids = CLIPTokenizer.from_pretrained({str(out/'tokenizer')!r})(['a prompt'], padding='max_length', truncation=True, return_tensors='np').input_ids.astype('int64')",
-            f"image = onnxruntime.InferenceSession({str(out/'one_step.onnx')!r}).run(None, dict(z=numpy.random.randn(1, {', '.join(map(str, z))}).astype('float32'), input_ids=ids))[0]"]
-def to_fp16(args:Export, s:ImageSource)->list[str]:
+    out = export_onnx(s.path, where_to(args, s, '-onnx'))
+    z = json.loads((out / 'one_step.json').read_text())['z']
+    return [
+        f'{out}: {size_of(out)}, fp32, one graph (z, input_ids) -> image in [-1, 1], any batch size',
+        f"import numpy, onnxruntime; from transformers import CLIPTokenizer; ids = "
+        f"CLIPTokenizer.from_pretrained({str(out / 'tokenizer')!r})(['a prompt'], padding='max_length', "
+        f"truncation=True, return_tensors='np').input_ids.astype('int64')",
+        f"image = onnxruntime.InferenceSession({str(out / 'one_step.onnx')!r}).run(None, "
+        f"dict(z=numpy.random.randn(1, {', '.join(map(str, z))}).astype('float32'), input_ids=ids))[0]",
+    ]
+
+
+def to_fp16(args: Export, s: ImageSource) -> list[str]:
     "Smaller copies beside the weight files"
     new = add_variant(s.path)
-    return [f'{s.path}: {len(new)} files more, {size_of(*new)}, fp16, named *.fp16.safetensors', "import torch; from diffusers import StableDiffusionPipeline",
-            f"pipe = StableDiffusionPipeline.from_pretrained({s.path!r}, variant='fp16', torch_dtype=torch.float16); image = pipe('a prompt', num_inference_steps=1, guidance_scale=0).images[0]"]
+    return [
+        f'{s.path}: {len(new)} files more, {size_of(*new)}, fp16, named *.fp16.safetensors',
+        "import torch; from diffusers import StableDiffusionPipeline",
+        f"pipe = StableDiffusionPipeline.from_pretrained({s.path!r}, variant='fp16', torch_dtype=torch.float16); "
+        f"image = pipe('a prompt', num_inference_steps=1, guidance_scale=0).images[0]",
+    ]
 
 # %% ../../nbs/7_commands/07_convert.ipynb #dbbeb83e
-def to_card(args:Export, s:ImageSource)->list[str]:
+def to_card(args: Export, s: ImageSource) -> list[str]:
     "The model card, and perhaps the upload"
-    if s.config is None: raise InputError(f'{args.run!r} is no run folder, nothing is known about its training; give the folder that `sid-lsg distill` made')
+    if s.config is None:
+        raise InputError(
+            f'{args.run!r} is no run folder, nothing is known about its training; give the folder that `sid-lsg '
+            f'distill` made'
+        )
     results = [Path(f).expanduser() for f in args.results] or sorted(s.home.glob('scores-*.json'))
-    for f in results: load_result(f)
+    for f in results:
+        load_result(f)
     try:
         card = write_card(s.home, args.title or None, args.push or None, results)
-    except (ValueError, TypeError, KeyError) as e: raise e if isinstance(e, InputError) else InputError(f'a file of {str(s.home)!r} cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:80]}); if the run still writes, wait for its end') from e
-    said = [f'{card}: {size_of(card)}, ' + (f'{len(results)} saved result' + 's'*(len(results) != 1) if results else 'no saved result') + (' and the closing table' if (s.home/'scores.json').is_file() else '')]
-    if args.push: return said + [f'uploaded to {push(s.path, args.push, not args.public)}']
-    return said + [f'read it, and score what is not scored: sid-lsg evaluate {shlex.quote(str(s.home))} --protocol ...', f'upload the student with it: sid-lsg export {shlex.quote(str(s.home))} --to card --push OWNER/NAME']
+    except (ValueError, TypeError, KeyError) as e:
+        raise (
+            e
+            if isinstance(e, InputError)
+            else InputError(
+                f'a file of {str(s.home)!r} cannot be read ({type(e).__name__}: {" ".join(str(e).split())[:80]}); '
+                f'if the run still writes, wait for its end'
+            )
+        ) from e
+    said = [
+        f'{card}: {size_of(card)}, '
+        + (f'{len(results)} saved result' + 's' * (len(results) != 1) if results else 'no saved result')
+        + (' and the closing table' if (s.home / 'scores.json').is_file() else '')
+    ]
+    if args.push:
+        return said + [f'uploaded to {push(s.path, args.push, not args.public)}']
+    return said + [
+        f'read it, and score what is not scored: sid-lsg evaluate {shlex.quote(str(s.home))} --protocol ...',
+        f'upload the student with it: sid-lsg export {shlex.quote(str(s.home))} --to card --push OWNER/NAME',
+    ]
+
+
 WAYS = {'single-file': to_single_file, 'lora': to_lora, 'onnx': to_onnx, 'fp16': to_fp16, 'card': to_card}
-def export_to(args:Export)->list[str]: # what was printed
+
+
+def export_to(args: Export) -> list[str]:  # what was printed
     "Write, and say what is there and how to use it; raises `InputError` with nothing written"
-    check_options(args); s = open_source(args.run)
-    if s.kind != 'student': raise InputError(f'{args.run!r} is no student; give a run folder, or the generator/ inside it')
+    check_options(args)
+    s = open_source(args.run)
+    if s.kind != 'student':
+        raise InputError(f'{args.run!r} is no student; give a run folder, or the generator/ inside it')
     kind = 'an EDM network' if is_edm(s.path) else f'a {pipeline_class(s.path, s.path)}'
-    if args.to != 'card' and kind != 'a StableDiffusionPipeline': raise InputError(f'{args.run!r} is {kind}; --to {args.to} knows the layout of Stable Diffusion 1.x and 2.x only' + ('' if is_edm(s.path) else f', and {s.path} opens in stock diffusers as it is'))
-    said = WAYS[args.to](args, s); print(*said, sep='\n  ')
+    if args.to != 'card' and kind != 'a StableDiffusionPipeline':
+        raise InputError(
+            f'{args.run!r} is {kind}; --to {args.to} knows the layout of Stable Diffusion 1.x and 2.x only'
+            + ('' if is_edm(s.path) else f', and {s.path} opens in stock diffusers as it is')
+        )
+    said = WAYS[args.to](args, s)
+    print(*said, sep='\n  ')
     return said
 
 # %% ../../nbs/7_commands/07_convert.ipynb #0520370c
-def unet_file(path:Path)->Path:
+def unet_file(path: Path) -> Path:
     "The weights in a folder; raises `InputError` for one without, and for a file in the layout of the original code"
-    names = [f'diffusion_pytorch_model{v}' for v in ('.safetensors', '.fp16.safetensors', '.bin', '.fp16.bin')]
-    file = path if path.is_file() else next((f for part in (path/'unet', path) for n in names if (f := part/n).is_file()), None)
-    if file is None: raise InputError(f'{str(path)!r} holds no UNet ({names[0]}, in it or in its unet/); give a checkpoint file, or a folder that diffusers saved' if path.is_dir() else f'{str(path)!r} does not exist; give a checkpoint file or folder')
+    names = [
+        f'diffusion_pytorch_model{v}' for v in ('.safetensors', '.fp16.safetensors', '.bin', '.fp16.bin')
+    ]
+    file = (
+        path
+        if path.is_file()
+        else next((f for part in (path / 'unet', path) for n in names if (f := part / n).is_file()), None)
+    )
+    if file is None:
+        raise InputError(
+            f'{str(path)!r} holds no UNet ({names[0]}, in it or in its unet/); give a checkpoint file, or a folder '
+            f'that diffusers saved'
+            if path.is_dir()
+            else f'{str(path)!r} does not exist; give a checkpoint file or folder'
+        )
     if file.suffix == '.safetensors':
         try:
-            with safe_open(file, 'pt') as f: old = any(k.startswith('model.diffusion_model.') for k in f.keys())
-        except (SafetensorError, OSError): return file                                  # the reader says what it is
-        if old: raise InputError(f'{file.name} is one file in the layout of the original code; make a folder of it first, StableDiffusionPipeline.from_single_file(...).save_pretrained(DIR), and give that')
+            with safe_open(file, 'pt') as f:
+                old = any(k.startswith('model.diffusion_model.') for k in f.keys())
+        except (SafetensorError, OSError):
+            return file  # the reader says what it is
+        if old:
+            raise InputError(
+                f'{file.name} is one file in the layout of the original code; make a folder of it first, '
+                f'StableDiffusionPipeline.from_single_file(...).save_pretrained(DIR), and give that'
+            )
     return file
-def import_from(args:Import)->Path: # the student's folder
+
+
+def import_from(args: Import) -> Path:  # the student's folder
     "Write a student that stock diffusers opens, and say how to draw with it; raises `InputError` with nothing written"
-    path, out = Path(args.file).expanduser(), Path(args.out).expanduser(); file = unet_file(path)
-    base = args.base or (str(path) if (path/'model_index.json').is_file() else '')
-    if not base: raise InputError(f'{path.name} brings no text encoder and no VAE; give --base, the model it was distilled from (a folder, a hub id, or "embedded")')
-    if out.exists() or not out.absolute().parent.is_dir(): raise InputError(f'--out {args.out} {"exists" if out.exists() else "lies in no folder"}; give another folder')
-    if not 1 <= args.t_init <= 999: raise InputError(f't_init {args.t_init} must lie between 1 and 999, the times of Stable Diffusion; 625 is SiD-LSG\'s')
-    import_student(file, base, out, args.t_init, args.key); t, sigma = start_of(out)
-    print(f'{out}: {size_of(out)}, fp32; UNet of {file.name}, the rest of {base}; one step from t = {t}, sigma {sigma:.4f}. If pictures look wrong, --base or --t-init is',
-          f'sid-lsg sample {shlex.quote(str(out))} "a prompt"', f"from diffusers import StableDiffusionPipeline; image = StableDiffusionPipeline.from_pretrained({str(out)!r})('a prompt', num_inference_steps=1, guidance_scale=0).images[0]", sep='\n  ')
+    path, out = Path(args.file).expanduser(), Path(args.out).expanduser()
+    file = unet_file(path)
+    base = args.base or (str(path) if (path / 'model_index.json').is_file() else '')
+    if not base:
+        raise InputError(
+            f'{path.name} brings no text encoder and no VAE; give --base, the model it was distilled from (a '
+            f'folder, a hub id, or "embedded")'
+        )
+    if out.exists() or not out.absolute().parent.is_dir():
+        raise InputError(
+            f'--out {args.out} {"exists" if out.exists() else "lies in no folder"}; give another folder'
+        )
+    if not 1 <= args.t_init <= 999:
+        raise InputError(
+            f't_init {args.t_init} must lie between 1 and 999, the times of Stable Diffusion; 625 is SiD-LSG\'s'
+        )
+    import_student(file, base, out, args.t_init, args.key)
+    t, sigma = start_of(out)
+    print(
+        f'{out}: {size_of(out)}, fp32; UNet of {file.name}, the rest of {base}; one step from t = {t}, sigma '
+        f'{sigma:.4f}. If pictures look wrong, --base or --t-init is',
+        f'sid-lsg sample {shlex.quote(str(out))} "a prompt"',
+        f"from diffusers import StableDiffusionPipeline; image = "
+        f"StableDiffusionPipeline.from_pretrained({str(out)!r})('a prompt', num_inference_steps=1, "
+        f"guidance_scale=0).images[0]",
+        sep='\n  ',
+    )
     return out

@@ -23,186 +23,326 @@ from ..teachers.student import load_sd_student
 
 # %% ../../nbs/5_export/01_formats.ipynb #25e96e9f
 def write_whole(
-    tensors:dict[str, Tensor],
-    file, # a .safetensors file; replaced if it exists
-    metadata:dict[str, str]={}, # for its header
-)->Path: # the file
+    tensors: dict[str, Tensor],
+    file,  # a .safetensors file; replaced if it exists
+    metadata: dict[str, str] = {},  # for its header
+) -> Path:  # the file
     "Tensors to a safetensors file, complete or not at all"
     with atomic_file(file) as new:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, new, metadata={'format': 'pt', **metadata})
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+            new,
+            metadata={'format': 'pt', **metadata},
+        )
     return Path(file)
 
 # %% ../../nbs/5_export/01_formats.ipynb #a8675ec4
 def add_variant(
-    folder, # a saved pipeline
-    variant:str='fp16', # part of the new files' names
-    dtype:torch.dtype=torch.float16,
-)->list[Path]: # the new files
+    folder,  # a saved pipeline
+    variant: str = 'fp16',  # part of the new files' names
+    dtype: torch.dtype = torch.float16,
+) -> list[Path]:  # the new files
     "Put a smaller copy beside each weight file, for `from_pretrained(folder, variant='fp16')`"
-    files = [f for part in ('unet', 'vae', 'text_encoder') for f in sorted((Path(folder)/part).glob('*.safetensors')) if f.stem in ('model', 'diffusion_pytorch_model')]
-    if len(files) != 3: raise InputError(f'{str(folder)!r} holds {len(files)} of the 3 weight files of a Stable Diffusion pipeline; give a folder written by save_student')
-    return [write_whole({k: v.to(dtype) for k, v in load_file(f).items()}, f.with_name(f'{f.stem}.{variant}.safetensors')) for f in files]
+    files = [
+        f
+        for part in ('unet', 'vae', 'text_encoder')
+        for f in sorted((Path(folder) / part).glob('*.safetensors'))
+        if f.stem in ('model', 'diffusion_pytorch_model')
+    ]
+    if len(files) != 3:
+        raise InputError(
+            f'{str(folder)!r} holds {len(files)} of the 3 weight files of a Stable Diffusion pipeline; give a '
+            f'folder written by save_student'
+        )
+    return [
+        write_whole(
+            {k: v.to(dtype) for k, v in load_file(f).items()}, f.with_name(f'{f.stem}.{variant}.safetensors')
+        )
+        for f in files
+    ]
 
 # %% ../../nbs/5_export/01_formats.ipynb #dfb40f5b
-RESNET = dict(norm1='in_layers.0', conv1='in_layers.2', time_emb_proj='emb_layers.1', norm2='out_layers.0', conv2='out_layers.3', conv_shortcut='skip_connection')
-ENDS = {'time_embedding.linear_1': 'time_embed.0', 'time_embedding.linear_2': 'time_embed.2', 'conv_in': 'input_blocks.0.0', 'conv_norm_out': 'out.0', 'conv_out': 'out.2'}
-BLOCK = re.compile(r'(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)\.(weight|bias)')
+RESNET = dict(
+    norm1='in_layers.0',
+    conv1='in_layers.2',
+    time_emb_proj='emb_layers.1',
+    norm2='out_layers.0',
+    conv2='out_layers.3',
+    conv_shortcut='skip_connection',
+)
+ENDS = {
+    'time_embedding.linear_1': 'time_embed.0',
+    'time_embedding.linear_2': 'time_embed.2',
+    'conv_in': 'input_blocks.0.0',
+    'conv_norm_out': 'out.0',
+    'conv_out': 'out.2',
+}
+BLOCK = re.compile(
+    r'(down|mid|up)_blocks?\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)\.(weight|bias)'
+)
+
+
 def unet_key(
-    key:str, # diffusers' name of a tensor
-    n:int, # residual blocks per level, on the way down
-    attends:list[bool], # does level i on the way up attend to the text?
-)->str:
+    key: str,  # diffusers' name of a tensor
+    n: int,  # residual blocks per level, on the way down
+    attends: list[bool],  # does level i on the way up attend to the text?
+) -> str:
     "Its name in the original layout; raises `KeyError` for a part that Stable Diffusion 1.x and 2.x do not have"
-    if not (m := BLOCK.fullmatch(key)): part, end = key.rsplit('.', 1); return f'{ENDS[part]}.{end}'
+    if not (m := BLOCK.fullmatch(key)):
+        part, end = key.rsplit('.', 1)
+        return f'{ENDS[part]}.{end}'
     side, i, kind, j, part, end = m[1], int(m[2] or 0), m[3], int(m[4]), m[5], m[6]
-    if kind == 'downsamplers': return f'input_blocks.{(i + 1)*(n + 1)}.0.op.{end}'
-    if kind == 'upsamplers': return f'output_blocks.{i*(n + 1) + n}.{1 + attends[i]}.conv.{end}'
+    if kind == 'downsamplers':
+        return f'input_blocks.{(i + 1) * (n + 1)}.0.op.{end}'
+    if kind == 'upsamplers':
+        return f'output_blocks.{i * (n + 1) + n}.{1 + attends[i]}.conv.{end}'
     inside = RESNET[part] if kind == 'resnets' else part
-    if side == 'mid': return f'middle_block.{2*j + (kind == "attentions")}.{inside}.{end}'
-    block = f'input_blocks.{1 + i*(n + 1) + j}' if side == 'down' else f'output_blocks.{i*(n + 1) + j}'
+    if side == 'mid':
+        return f'middle_block.{2 * j + (kind == "attentions")}.{inside}.{end}'
+    block = f'input_blocks.{1 + i * (n + 1) + j}' if side == 'down' else f'output_blocks.{i * (n + 1) + j}'
     return f'{block}.{int(kind == "attentions")}.{inside}.{end}'
 
 # %% ../../nbs/5_export/01_formats.ipynb #c822cf0a
-VAE_NAMES = (('resnets', 'block'), ('downsamplers.0', 'downsample'), ('upsamplers.0', 'upsample'), ('conv_shortcut', 'nin_shortcut'), ('conv_norm_out', 'norm_out'),
-    ('mid_block.attentions.0', 'mid.attn_1'), ('group_norm', 'norm'), ('to_q', 'q'), ('to_k', 'k'), ('to_v', 'v'), ('to_out.0', 'proj_out'))
+VAE_NAMES = (
+    ('resnets', 'block'),
+    ('downsamplers.0', 'downsample'),
+    ('upsamplers.0', 'upsample'),
+    ('conv_shortcut', 'nin_shortcut'),
+    ('conv_norm_out', 'norm_out'),
+    ('mid_block.attentions.0', 'mid.attn_1'),
+    ('group_norm', 'norm'),
+    ('to_q', 'q'),
+    ('to_k', 'k'),
+    ('to_v', 'v'),
+    ('to_out.0', 'proj_out'),
+)
+
+
 def vae_key(
-    key:str, # diffusers' name
-    levels:int, # of the decoder
-)->str:
+    key: str,  # diffusers' name
+    levels: int,  # of the decoder
+) -> str:
     "Its name in the original layout"
     key = re.sub(r'mid_block\.resnets\.(\d+)', lambda m: f'mid.block_{int(m[1]) + 1}', key)
-    key = re.sub(r'up_blocks\.(\d+)', lambda m: f'up.{levels - 1 - int(m[1])}', key.replace('down_blocks', 'down'))
-    for new, old in VAE_NAMES: key = key.replace(new, old)
+    key = re.sub(
+        r'up_blocks\.(\d+)', lambda m: f'up.{levels - 1 - int(m[1])}', key.replace('down_blocks', 'down')
+    )
+    for new, old in VAE_NAMES:
+        key = key.replace(new, old)
     return key
 
 # %% ../../nbs/5_export/01_formats.ipynb #3c714065
-OPEN_CLIP = (('embeddings.token_embedding', 'token_embedding'), ('embeddings.position_embedding.weight', 'positional_embedding'), ('final_layer_norm', 'ln_final'),
-    ('encoder.layers', 'transformer.resblocks'), ('layer_norm', 'ln_'), ('self_attn', 'attn'), ('mlp.fc1', 'mlp.c_fc'), ('mlp.fc2', 'mlp.c_proj'))
+OPEN_CLIP = (
+    ('embeddings.token_embedding', 'token_embedding'),
+    ('embeddings.position_embedding.weight', 'positional_embedding'),
+    ('final_layer_norm', 'ln_final'),
+    ('encoder.layers', 'transformer.resblocks'),
+    ('layer_norm', 'ln_'),
+    ('self_attn', 'attn'),
+    ('mlp.fc1', 'mlp.c_fc'),
+    ('mlp.fc2', 'mlp.c_proj'),
+)
+
+
 def open_clip_layout(
-    text:dict[str, Tensor], # state of a CLIP text model, names without a leading text_model.
-)->dict[str, Tensor]:
+    text: dict[str, Tensor],  # state of a CLIP text model, names without a leading text_model.
+) -> dict[str, Tensor]:
     "The same in OpenCLIP's names, the attention's three projections stacked"
     out = {}
     for k, v in text.items():
         name = k
-        for new, old in OPEN_CLIP: name = name.replace(new, old)
+        for new, old in OPEN_CLIP:
+            name = name.replace(new, old)
         if m := re.search(r'\.([qkv])_proj\.(weight|bias)$', name):
-            if m[1] == 'q': out[name[:m.start()] + f'.in_proj_{m[2]}'] = torch.cat([text[k.replace('q_proj', f'{p}_proj')] for p in 'qkv'])
-        else: out[name] = v
+            if m[1] == 'q':
+                out[name[: m.start()] + f'.in_proj_{m[2]}'] = torch.cat(
+                    [text[k.replace('q_proj', f'{p}_proj')] for p in 'qkv']
+                )
+        else:
+            out[name] = v
     unused = {k.replace('.22.', '.23.'): v.clone() for k, v in out.items() if '.resblocks.22.' in k}
     return out | (unused if not any('.resblocks.23.' in k for k in out) else {})
 
 # %% ../../nbs/5_export/01_formats.ipynb #3448ede9
-def original_layout(
-    pipe:StableDiffusionPipeline,
-)->dict[str, Tensor]:
-    "All tensors of a pipeline under the names of the original code; raises `InputError` for networks that code cannot build"
+def original_layout(pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """All tensors of a pipeline under the names of the original code; raises `InputError` for networks that code
+    cannot build"""
     unet, vae, text = pipe.unet, pipe.vae, pipe.text_encoder
     attends = [t.startswith('CrossAttn') for t in unet.config.up_block_types]
-    try: out = {f'model.diffusion_model.{unet_key(k, unet.config.layers_per_block, attends)}': v for k, v in unet.state_dict().items()}
-    except (KeyError, TypeError) as e: raise InputError(f'this UNet has a part the original layout has no name for ({e}); only Stable Diffusion 1.x and 2.x and smaller relatives fit') from e
+    try:
+        out = {
+            f'model.diffusion_model.{unet_key(k, unet.config.layers_per_block, attends)}': v
+            for k, v in unet.state_dict().items()
+        }
+    except (KeyError, TypeError) as e:
+        raise InputError(
+            f'this UNet has a part the original layout has no name for ({e}); only Stable Diffusion 1.x and 2.x '
+            f'and smaller relatives fit'
+        ) from e
     for k, v in vae.state_dict().items():
         name = vae_key(k, len(vae.config.up_block_types))
         out[f'first_stage_model.{name}'] = v[:, :, None, None] if '.attn_1.' in name and v.dim() == 2 else v
     words = {k.removeprefix('text_model.'): v for k, v in text.state_dict().items()}
-    if text.config.hidden_act == 'quick_gelu': return out | {f'cond_stage_model.transformer.text_model.{k}': v for k, v in words.items()}
+    if text.config.hidden_act == 'quick_gelu':
+        return out | {f'cond_stage_model.transformer.text_model.{k}': v for k, v in words.items()}
     return out | {f'cond_stage_model.model.{k}': v for k, v in open_clip_layout(words).items()}
 
 # %% ../../nbs/5_export/01_formats.ipynb #b31cd353
 def start(
-    pipe:StableDiffusionPipeline, # as `save_student` wrote it
-)->tuple[int, float]: # t_init, sigma_t/alpha_t there
+    pipe: StableDiffusionPipeline,  # as `save_student` wrote it
+) -> tuple[int, float]:  # t_init, sigma_t/alpha_t there
     "Where the one step begins: the end of the scheduler's table"
-    schedule = DiscreteSchedule.from_scheduler(pipe.scheduler); t = len(schedule) - 1
+    schedule = DiscreteSchedule.from_scheduler(pipe.scheduler)
+    t = len(schedule) - 1
     return t, schedule.t_to_sigma(torch.tensor([t])).item()
-def modelspec(pipe:StableDiffusionPipeline, tensors:dict[str, Tensor], title:str)->dict[str, str]:
+
+
+def modelspec(pipe: StableDiffusionPipeline, tensors: dict[str, Tensor], title: str) -> dict[str, str]:
     "Header of a single file: the keys of the SAI model spec that apply"
-    (t, sigma), context, v = start(pipe), pipe.unet.config.cross_attention_dim, pipe.scheduler.config.prediction_type == 'v_prediction'
-    h, w = (s, s) if isinstance(s := pipe.unet.config.sample_size, int) else s; zoom = 2**(len(pipe.vae.config.block_out_channels) - 1)
+    (t, sigma), context, v = (
+        start(pipe),
+        pipe.unet.config.cross_attention_dim,
+        pipe.scheduler.config.prediction_type == 'v_prediction',
+    )
+    h, w = (s, s) if isinstance(s := pipe.unet.config.sample_size, int) else s
+    zoom = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     data = hashlib.sha256()
-    for k in sorted(tensors): data.update(tensors[k].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    spec = dict(sai_model_spec='1.0.0', implementation='https://github.com/CompVis/stable-diffusion', title=title, resolution=f'{w*zoom}x{h*zoom}', prediction_type='v' if v else 'epsilon',
-        architecture={768: 'stable-diffusion-v1', 1024: 'stable-diffusion-v2-' + ('768-v' if v else '512')}.get(context, 'latent-diffusion'),
-        timestep_range=f'{t},{t}', usage_hint=f'one step: Euler, CFG 1, sigmas {sigma:.4f}, 0', hash_sha256='0x' + data.hexdigest())
+    for k in sorted(tensors):
+        data.update(tensors[k].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    spec = dict(
+        sai_model_spec='1.0.0',
+        implementation='https://github.com/CompVis/stable-diffusion',
+        title=title,
+        resolution=f'{w * zoom}x{h * zoom}',
+        prediction_type='v' if v else 'epsilon',
+        architecture={
+            768: 'stable-diffusion-v1',
+            1024: 'stable-diffusion-v2-' + ('768-v' if v else '512'),
+        }.get(context, 'latent-diffusion'),
+        timestep_range=f'{t},{t}',
+        usage_hint=f'one step: Euler, CFG 1, sigmas {sigma:.4f}, 0',
+        hash_sha256='0x' + data.hexdigest(),
+    )
     return {f'modelspec.{k}': v for k, v in spec.items()}
 
 # %% ../../nbs/5_export/01_formats.ipynb #ef577081
 def single_file(
-    folder, # a saved student, or its run folder
-    file, # NAME.safetensors; replaced if it exists
-    dtype:torch.dtype=torch.float16,
-    title:str|None=None, # for the header; default: the file's name
-)->Path: # the file
-    "A student as one file in the original Stable Diffusion layout, for ComfyUI, A1111 and relatives; raises `InputError` for what does not fit"
+    folder,  # a saved student, or its run folder
+    file,  # NAME.safetensors; replaced if it exists
+    dtype: torch.dtype = torch.float16,
+    title: str | None = None,  # for the header; default: the file's name
+) -> Path:  # the file
+    """A student as one file in the original Stable Diffusion layout, for ComfyUI, A1111 and relatives; raises
+    `InputError` for what does not fit"""
     file = Path(file).expanduser()
-    if file.suffix != '.safetensors': raise InputError(f'{str(file)!r} must end in .safetensors')
-    if not file.parent.is_dir(): raise InputError(f'{str(file.parent)!r} is no folder; create it first')
+    if file.suffix != '.safetensors':
+        raise InputError(f'{str(file)!r} must end in .safetensors')
+    if not file.parent.is_dir():
+        raise InputError(f'{str(file.parent)!r} is no folder; create it first')
     pipe = load_sd_student(folder, dtype=dtype).pipe
     tensors = {k: v.to(dtype) for k, v in original_layout(pipe).items()}
     return write_whole(tensors, file, modelspec(pipe, tensors, title or file.stem))
 
 # %% ../../nbs/5_export/01_formats.ipynb #439f5841
 def deltas(
-    base:nn.Module, # the teacher's network
-    tuned:nn.Module, # the student's
-)->dict[str, Tensor]: # by layer, [out, in] or [out, in, h, w], float32
-    "What changed in the weights of linear and convolutional layers; raises `InputError` if the networks differ in form or not at all"
-    layers, own = {n: m for n, m in tuned.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}, dict(base.named_modules())
-    if any(n not in own or own[n].weight.shape != m.weight.shape for n, m in layers.items()): raise InputError('base and student differ in form; give the teacher that the student was distilled from')
+    base: nn.Module,  # the teacher's network
+    tuned: nn.Module,  # the student's
+) -> dict[str, Tensor]:  # by layer, [out, in] or [out, in, h, w], float32
+    """What changed in the weights of linear and convolutional layers; raises `InputError` if the networks differ
+    in form or not at all"""
+    layers, own = (
+        {n: m for n, m in tuned.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))},
+        dict(base.named_modules()),
+    )
+    if any(n not in own or own[n].weight.shape != m.weight.shape for n, m in layers.items()):
+        raise InputError(
+            'base and student differ in form; give the teacher that the student was distilled from'
+        )
     found = {n: (m.weight.detach().float() - own[n].weight.detach().float()) for n, m in layers.items()}
-    if not any(d.any() for d in found.values()): raise InputError('base and student have the same weights; there is nothing to extract')
+    if not any(d.any() for d in found.values()):
+        raise InputError('base and student have the same weights; there is nothing to extract')
     return found
-def spectra(found:dict[str, Tensor])->dict[str, Tensor]: # by layer, falling
+
+
+def spectra(found: dict[str, Tensor]) -> dict[str, Tensor]:  # by layer, falling
     "Singular values of the changes"
     return {n: torch.linalg.svdvals(d.flatten(1)) for n, d in found.items()}
 
 # %% ../../nbs/5_export/01_formats.ipynb #9c5a876d
 def lora_errors(
-    values:dict[str, Tensor], # from `spectra`
-    rank:int,
-)->dict[str, float]: # by layer, and 'total'
-    "Relative error in the Frobenius norm of the best LoRA of this rank: the tail of the singular values (Eckart and Young 1936)"
+    values: dict[str, Tensor],  # from `spectra`
+    rank: int,
+) -> dict[str, float]:  # by layer, and 'total'
+    """Relative error in the Frobenius norm of the best LoRA of this rank: the tail of the singular values (Eckart
+    and Young 1936)"""
     tail, whole = ({n: s[k:].double().square().sum().item() for n, s in values.items()} for k in (rank, 0))
-    return {n: (tail[n]/whole[n])**.5 if whole[n] else 0. for n in values} | dict(total=(sum(tail.values())/sum(whole.values()))**.5)
-def left_out(base:nn.Module, tuned:nn.Module)->dict[str, float]: # biases, norms, share
+    return {n: (tail[n] / whole[n]) ** 0.5 if whole[n] else 0.0 for n in values} | dict(
+        total=(sum(tail.values()) / sum(whole.values())) ** 0.5
+    )
+
+
+def left_out(base: nn.Module, tuned: nn.Module) -> dict[str, float]:  # biases, norms, share
     "What no LoRA carries: squared change of biases and of norm weights, and its share in the whole change"
-    own = dict(base.named_parameters()); square = {n: (p.detach().double() - own[n].detach().double()).square().sum().item() for n, p in tuned.named_parameters()}
+    own = dict(base.named_parameters())
+    square = {
+        n: (p.detach().double() - own[n].detach().double()).square().sum().item()
+        for n, p in tuned.named_parameters()
+    }
     carried = {f'{n}.weight' for n, m in tuned.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    biases, norms = (sum(v for n, v in square.items() if n not in carried and n.endswith('.bias') == b) for b in (True, False))
-    return dict(biases=biases, norms=norms, share=(biases + norms)/(sum(square.values()) or 1.))
+    biases, norms = (
+        sum(v for n, v in square.items() if n not in carried and n.endswith('.bias') == b)
+        for b in (True, False)
+    )
+    return dict(biases=biases, norms=norms, share=(biases + norms) / (sum(square.values()) or 1.0))
 
 # %% ../../nbs/5_export/01_formats.ipynb #47a44937
 def extract_lora(
-    base:nn.Module, # the teacher's UNet
-    tuned:nn.Module, # the student's UNet
-    rank:int=64,
-)->dict[str, Tensor]: # NAME.lora_A.weight, NAME.lora_B.weight
-    "The best LoRA of a rank, by truncated SVD, in peft's names; raises `InputError` for networks that do not belong together"
-    if rank < 1: raise InputError(f'rank {rank} must be at least 1')
+    base: nn.Module,  # the teacher's UNet
+    tuned: nn.Module,  # the student's UNet
+    rank: int = 64,
+) -> dict[str, Tensor]:  # NAME.lora_A.weight, NAME.lora_B.weight
+    """The best LoRA of a rank, by truncated SVD, in peft's names; raises `InputError` for networks that do not
+    belong together"""
+    if rank < 1:
+        raise InputError(f'rank {rank} must be at least 1')
     found, state = deltas(base, tuned), {}
     rank = min(rank, max(min(d.flatten(1).shape) for d in found.values()))
     for name, d in found.items():
-        U, s, V = torch.linalg.svd(d.flatten(1), full_matrices=False); k = min(rank, len(s)); root = s[:k].sqrt()
-        A, B = d.new_zeros(rank, *d.shape[1:]), d.new_zeros(len(d), rank, *[1]*(d.dim() - 2))
-        A[:k] = (root[:, None]*V[:k]).unflatten(1, d.shape[1:]); B[:, :k] = (U[:, :k]*root).reshape(len(d), k, *[1]*(d.dim() - 2))
+        U, s, V = torch.linalg.svd(d.flatten(1), full_matrices=False)
+        k = min(rank, len(s))
+        root = s[:k].sqrt()
+        A, B = d.new_zeros(rank, *d.shape[1:]), d.new_zeros(len(d), rank, *[1] * (d.dim() - 2))
+        A[:k] = (root[:, None] * V[:k]).unflatten(1, d.shape[1:])
+        B[:, :k] = (U[:, :k] * root).reshape(len(d), k, *[1] * (d.dim() - 2))
         state[f'{name}.lora_A.weight'], state[f'{name}.lora_B.weight'] = A, B
     return state
 
 # %% ../../nbs/5_export/01_formats.ipynb #5b74796f
 def lora_residuals(
-    found:dict[str, Tensor], # from `deltas`
-    state:dict[str, Tensor], # from `extract_lora`, perhaps rounded
-)->dict[str, float]: # by layer, and 'total'
+    found: dict[str, Tensor],  # from `deltas`
+    state: dict[str, Tensor],  # from `extract_lora`, perhaps rounded
+) -> dict[str, float]:  # by layer, and 'total'
     "Relative error in the Frobenius norm, measured on the factors themselves"
-    product = lambda n: state[f'{n}.lora_B.weight'].float().flatten(1)@state[f'{n}.lora_A.weight'].float().flatten(1)
-    left, whole = {n: (d.flatten(1) - product(n)).double().square().sum().item() for n, d in found.items()}, {n: d.double().square().sum().item() for n, d in found.items()}
-    return {n: (left[n]/whole[n])**.5 if whole[n] else 0. for n in found} | dict(total=(sum(left.values())/sum(whole.values()))**.5)
+    product = lambda n: (
+        state[f'{n}.lora_B.weight'].float().flatten(1) @ state[f'{n}.lora_A.weight'].float().flatten(1)
+    )
+    left, whole = (
+        {n: (d.flatten(1) - product(n)).double().square().sum().item() for n, d in found.items()},
+        {n: d.double().square().sum().item() for n, d in found.items()},
+    )
+    return {n: (left[n] / whole[n]) ** 0.5 if whole[n] else 0.0 for n in found} | dict(
+        total=(sum(left.values()) / sum(whole.values())) ** 0.5
+    )
 
 # %% ../../nbs/5_export/01_formats.ipynb #1484d7a9
-ORIGINAL = {k.replace('.', '_'): v.replace('.', '_') for k, v in ENDS.items() if k != 'conv_norm_out'}           # a norm has no LoRA
+ORIGINAL = {
+    k.replace('.', '_'): v.replace('.', '_') for k, v in ENDS.items() if k != 'conv_norm_out'
+}  # a norm has no LoRA
+
+
 def kohya_names(
-    state:dict[str, Tensor], # a LoRA by diffusers' names
-)->dict[str, Tensor]:
+    state: dict[str, Tensor],  # a LoRA by diffusers' names
+) -> dict[str, Tensor]:
     "The same, by names that kohya's scripts, ComfyUI, A1111 and stable-diffusion.cpp read"
     original = {f'lora_unet_{a}': f'lora_unet_{b}' for a, b in ORIGINAL.items()}
     out = {}
@@ -213,66 +353,103 @@ def kohya_names(
 
 # %% ../../nbs/5_export/01_formats.ipynb #cc37b77f
 def save_lora(
-    base, # the teacher: "embedded", a pipeline folder or a hub id
-    student, # the saved student, or its run folder
-    folder, # where; replaced if it exists
-    rank:int=64,
-    dtype:torch.dtype=torch.float16,
-    kohya:bool=False, # write kohya.safetensors too
-    device='cpu', # where the singular values are found
-)->dict: # rank, bytes, error (relative, of the weights a LoRA can carry), left_out (share of the change it cannot), layers
+    base,  # the teacher: "embedded", a pipeline folder or a hub id
+    student,  # the saved student, or its run folder
+    folder,  # where; replaced if it exists
+    rank: int = 64,
+    dtype: torch.dtype = torch.float16,
+    kohya: bool = False,  # write kohya.safetensors too
+    device='cpu',  # where the singular values are found
+) -> dict:  # rank, bytes, error (relative, of the weights a LoRA can carry), left_out (share of the change it cannot), layers
     "Write what turns the base model into the student; raises `InputError` for models that do not belong together"
     old, pipe = load_sd(base, device).denoiser.net, load_sd_student(student, device).pipe
     state = {k: v.to('cpu', dtype).contiguous() for k, v in extract_lora(old, pipe.unet, rank).items()}
     errors = lora_residuals({n: d.cpu() for n, d in deltas(old, pipe.unet).items()}, state)
-    report = dict(rank=next(iter(state.values())).shape[0], bytes=sum(v.nbytes for v in state.values()), error=errors.pop('total'), left_out=left_out(old, pipe.unet)['share'], layers=errors)
+    report = dict(
+        rank=next(iter(state.values())).shape[0],
+        bytes=sum(v.nbytes for v in state.values()),
+        error=errors.pop('total'),
+        left_out=left_out(old, pipe.unet)['share'],
+        layers=errors,
+    )
     with atomic_folder(folder) as tmp:
         StableDiffusionPipeline.save_lora_weights(tmp, unet_lora_layers=state)
-        pipe.scheduler.save_pretrained(tmp/'scheduler')
-        if kohya: write_whole(kohya_names(state), tmp/'kohya.safetensors')
-        atomic_write(tmp/'report.json', json.dumps(report, indent=1) + '\n')
+        pipe.scheduler.save_pretrained(tmp / 'scheduler')
+        if kohya:
+            write_whole(kohya_names(state), tmp / 'kohya.safetensors')
+        atomic_write(tmp / 'report.json', json.dumps(report, indent=1) + '\n')
     return report
 
 # %% ../../nbs/5_export/01_formats.ipynb #27b3cb47
 class OneStep(nn.Module):
     "A student as one function: start noise and token ids in, pictures out"
-    def __init__(self, pipe:StableDiffusionPipeline): # as `save_student` wrote it
+
+    def __init__(self, pipe: StableDiffusionPipeline):  # as `save_student` wrote it
         super().__init__()
         self.text, self.vae, self.t_init = pipe.text_encoder, pipe.vae, start(pipe)[0]
         self.denoiser = Denoiser(pipe.unet, DiscreteSchedule.from_scheduler(pipe.scheduler))
-    def forward(self, z:Tensor, input_ids:Tensor)->Tensor: # [B,C,H,W] from N(0,1), [B,L] integers -> [B,3,h,w] in [-1,1]
-        t = torch.full((z.shape[0],), self.t_init, device=z.device)                            # `one_step`, but its len(z) would fix the batch size in a graph
-        x_g = self.denoiser(self.denoiser.schedule.add_noise(torch.zeros_like(z), z, t), t, dict(encoder_hidden_states=self.text(input_ids)[0]))
-        return self.vae.decode(x_g/self.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
+
+    def forward(
+        self, z: Tensor, input_ids: Tensor
+    ) -> Tensor:  # [B,C,H,W] from N(0,1), [B,L] integers -> [B,3,h,w] in [-1,1]
+        t = torch.full(
+            (z.shape[0],), self.t_init, device=z.device
+        )  # `one_step`, but its len(z) would fix the batch size in a graph
+        x_g = self.denoiser(
+            self.denoiser.schedule.add_noise(torch.zeros_like(z), z, t),
+            t,
+            dict(encoder_hidden_states=self.text(input_ids)[0]),
+        )
+        return self.vae.decode(x_g / self.vae.config.scaling_factor, return_dict=False)[0].clamp(-1, 1)
 
 # %% ../../nbs/5_export/01_formats.ipynb #1c1194a1
 def tidy_graph(
-    file, # an ONNX graph; its weights may lie beside it
+    file,  # an ONNX graph; its weights may lie beside it
 ):
     "Take debugging notes out of a graph, and name the first axis of inputs and outputs `batch`"
     onnx = importlib.import_module('onnx')
-    model = onnx.load(file, load_external_data=False); graph = model.graph
-    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer): part.ClearField('metadata_props'); part.ClearField('doc_string')
+    model = onnx.load(file, load_external_data=False)
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField('metadata_props')
+        part.ClearField('doc_string')
     del graph.value_info[:]
-    for value in (*graph.input, *graph.output): value.type.tensor_type.shape.dim[0].dim_param = 'batch'
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = 'batch'
     onnx.save(model, file)
 
 # %% ../../nbs/5_export/01_formats.ipynb #f6bd053c
 def export_onnx(
-    folder, # a saved student, or its run folder
-    out, # where; replaced if it exists
-)->Path: # the folder: one_step.onnx, one_step.onnx.data, one_step.json, tokenizer/
-    "A student as one ONNX graph (z, input_ids) -> image with a free batch size, float32; raises `InputError` without the packages for it"
+    folder,  # a saved student, or its run folder
+    out,  # where; replaced if it exists
+) -> Path:  # the folder: one_step.onnx, one_step.onnx.data, one_step.json, tokenizer/
+    """A student as one ONNX graph (z, input_ids) -> image with a free batch size, float32; raises `InputError`
+    without the packages for it"""
     absent = [p for p in ('onnx', 'onnxscript') if not importlib.util.find_spec(p)]
-    if absent: raise InputError(f'writing ONNX needs more packages; pip install {" ".join(absent)}')
-    student = load_sd_student(folder); pipe, length = student.pipe, student.pipe.tokenizer.model_max_length
+    if absent:
+        raise InputError(f'writing ONNX needs more packages; pip install {" ".join(absent)}')
+    student = load_sd_student(folder)
+    pipe, length = student.pipe, student.pipe.tokenizer.model_max_length
     example = torch.randn(2, *student.latent_shape), torch.zeros(2, length, dtype=torch.long)
-    batch = torch.export.Dim('batch', max=63)            # from 64 on diffusers copies memory once more; the graph has no such branch and takes any size
-    about = dict(z=list(student.latent_shape), tokens=length, pad=pipe.tokenizer.pad_token_id, t_init=start(pipe)[0])
+    batch = torch.export.Dim(
+        'batch', max=63
+    )  # from 64 on diffusers copies memory once more; the graph has no such branch and takes any size
+    about = dict(
+        z=list(student.latent_shape), tokens=length, pad=pipe.tokenizer.pad_token_id, t_init=start(pipe)[0]
+    )
     with atomic_folder(out) as tmp:
-        torch.onnx.export(OneStep(pipe).eval(), example, tmp/'one_step.onnx', dynamo=True, external_data=True, verbose=False,
-            input_names=['z', 'input_ids'], output_names=['image'], dynamic_shapes=dict(z={0: batch}, input_ids={0: batch}))
-        tidy_graph(tmp/'one_step.onnx')
-        pipe.tokenizer.save_pretrained(tmp/'tokenizer')
-        atomic_write(tmp/'one_step.json', json.dumps(about, indent=1) + '\n')
+        torch.onnx.export(
+            OneStep(pipe).eval(),
+            example,
+            tmp / 'one_step.onnx',
+            dynamo=True,
+            external_data=True,
+            verbose=False,
+            input_names=['z', 'input_ids'],
+            output_names=['image'],
+            dynamic_shapes=dict(z={0: batch}, input_ids={0: batch}),
+        )
+        tidy_graph(tmp / 'one_step.onnx')
+        pipe.tokenizer.save_pretrained(tmp / 'tokenizer')
+        atomic_write(tmp / 'one_step.json', json.dumps(about, indent=1) + '\n')
     return Path(out)

@@ -31,13 +31,21 @@ def _known(config:dict)->dict:
     return {k: v for k, v in config.items() if k in takes}
 
 # %% ../../nbs/5_export/03_import_checkpoint.ipynb #d4bf70ed
-def _fit(unet, state:dict[str, Tensor]):
+def _fit(unet, state: dict[str, Tensor]):
     "Raise unless the tensors are exactly those of the network"
     want = unet.state_dict()
     shape = [k for k in want if k in state and want[k].shape != state[k].shape]
-    wrong = {'lacks': sorted(want.keys() - state.keys()), 'has besides': sorted(state.keys() - want.keys()), 'has in other shapes': shape}
+    wrong = {
+        'lacks': sorted(want.keys() - state.keys()),
+        'has besides': sorted(state.keys() - want.keys()),
+        'has in other shapes': shape,
+    }
     said = [f'{what} {len(keys)}, {[k[:80] for k in keys[:3]]}' for what, keys in wrong.items() if keys]
-    if said: raise InputError(f'does not fit its config: of {len(want)} tensors it {" and ".join(said)}; is it the right key, and the right base?')
+    if said:
+        raise InputError(
+            f'does not fit its config: of {len(want)} tensors it {" and ".join(said)}; is it the right key, and '
+            f'the right base?'
+        )
 
 # %% ../../nbs/5_export/03_import_checkpoint.ipynb #eed5d178
 def build_unet(
@@ -55,33 +63,43 @@ def build_unet(
 
 # %% ../../nbs/5_export/03_import_checkpoint.ipynb #775adc64
 def unet_from(
-    path, # .pkl, .pt or .safetensors
-    key:str='ema', # the network's name in the file
-    config:dict=None, # for files that hold weights only, for example the teacher's `unet.config`
-)->UNet2DConditionModel:
-    "The UNet in a checkpoint, in the file's precision; raises `InputError` as `read_checkpoint`, or when config and weights do not fit"
+    path,  # .pkl, .pt or .safetensors
+    key: str = 'ema',  # the network's name in the file
+    config: dict = None,  # for files that hold weights only, for example the teacher's `unet.config`
+) -> UNet2DConditionModel:
+    """The UNet in a checkpoint, in the file's precision; raises `InputError` as `read_checkpoint`, or when config
+    and weights do not fit"""
     tree = read_checkpoint(path)
     try:
         found, state = find_network(tree, key)
-        if not (found or config): raise InputError('holds weights but no config: give config=')
-        if 'init_kwargs' in found or found.get('_class_name', 'UNet2DConditionModel') != 'UNet2DConditionModel':
+        if not (found or config):
+            raise InputError('holds weights but no config: give config=')
+        if (
+            'init_kwargs' in found
+            or found.get('_class_name', 'UNet2DConditionModel') != 'UNet2DConditionModel'
+        ):
             raise InputError('holds another kind of network than a UNet2DConditionModel: use find_network')
         return build_unet(found or dict(config), state)
-    except InputError as e: raise type(e)(f'{Path(path).name} {e}') from None
+    except InputError as e:
+        raise type(e)(f'{Path(path).name} {e}') from None
 
 # %% ../../nbs/5_export/03_import_checkpoint.ipynb #8ff9aa56
 def import_student(
-    path, # .pkl, .pt or .safetensors with the one-step UNet
-    base, # the teacher it was distilled from: see `load_sd`
-    folder, # where to write the pipeline; replaced if it exists
-    t_init:int=625, # the generator's time
-    key:str='ema', # the network's name in the file
-)->Path: # the folder
-    "Turn a checkpoint of the official code into a pipeline that stock diffusers opens; raises `InputError` as `unet_from`, or if the UNet does not fit `base`"
+    path,  # .pkl, .pt or .safetensors with the one-step UNet
+    base,  # the teacher it was distilled from: see `load_sd`
+    folder,  # where to write the pipeline; replaced if it exists
+    t_init: int = 625,  # the generator's time
+    key: str = 'ema',  # the network's name in the file
+) -> Path:  # the folder
+    """Turn a checkpoint of the official code into a pipeline that stock diffusers opens; raises `InputError` as
+    `unet_from`, or if the UNet does not fit `base`"""
     teacher = load_sd(base)
     theirs = teacher.denoiser.net.config
     unet = unet_from(path, key, theirs).float()
     for k in ('in_channels', 'out_channels', 'cross_attention_dim'):
         if unet.config[k] != theirs[k]:
-            raise InputError(f'{Path(path).name} has a UNet with {k} {unet.config[k]}, but {base} has {theirs[k]}; give the model it was distilled from as base')
+            raise InputError(
+                f'{Path(path).name} has a UNet with {k} {unet.config[k]}, but {base} has {theirs[k]}; give the '
+                f'model it was distilled from as base'
+            )
     return save_student(teacher, Denoiser(unet, teacher.schedule), folder, t_init)

@@ -17,71 +17,151 @@ from ..core import DISAGREEMENT, EMBEDDED, InputError, atomic_write, read_json, 
 
 # %% ../../nbs/5_export/02_model_card.ipynb #f5d9cb8f
 def origin(
-    teacher:str, # as in config.json
-)->tuple[str, str|None]: # name for people, hub id or None
+    teacher: str,  # as in config.json
+) -> tuple[str, str | None]:  # name for people, hub id or None
     "What to call a teacher, or prompts, in public"
-    if teacher == 'embedded': return 'the bundled teacher of sid-lsg-nb', None
-    if Path(teacher).expanduser().exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', teacher) or teacher[0] in '.~': return Path(teacher).name, None
+    if teacher == 'embedded':
+        return 'the bundled teacher of sid-lsg-nb', None
+    if (
+        Path(teacher).expanduser().exists()
+        or not re.fullmatch(r'[\w.-]+/[\w.-]+', teacher)
+        or teacher[0] in '.~'
+    ):
+        return Path(teacher).name, None
     return teacher, teacher
 
 # %% ../../nbs/5_export/02_model_card.ipynb #34eb5b9b
 def inherited_license(
-    teacher:str, # as in config.json
-)->dict[str, str]: # license, perhaps license_name and license_link: YAML of the hub
+    teacher: str,  # as in config.json
+) -> dict[str, str]:  # license, perhaps license_name and license_link: YAML of the hub
     "The teacher's licence as its README states it, else `other`"
-    readme, hub_id = Path(teacher).expanduser()/'README.md', origin(teacher)[1]
-    if hub_id: readme = Path(found) if isinstance(found := hub.try_to_load_from_cache(hub_id, 'README.md'), str) else readme
+    readme, hub_id = Path(teacher).expanduser() / 'README.md', origin(teacher)[1]
+    if hub_id:
+        readme = (
+            Path(found)
+            if isinstance(found := hub.try_to_load_from_cache(hub_id, 'README.md'), str)
+            else readme
+        )
     text, data = readme.read_text(encoding='utf-8') if readme.is_file() else '', {}
     if text.startswith('---'):
-        try: data = hub.ModelCard(text).data.to_dict()
-        except Exception: pass                                                     # a README whose YAML is broken states nothing
-    if isinstance(data.get('license'), str): return {k: str(data[k]) for k in ('license', 'license_name', 'license_link') if data.get(k)}
-    return dict(license='other', license_name='see-base-model') | (dict(license_link=f'https://huggingface.co/{hub_id}') if hub_id else {})
+        try:
+            data = hub.ModelCard(text).data.to_dict()
+        except Exception:
+            pass  # a README whose YAML is broken states nothing
+    if isinstance(data.get('license'), str):
+        return {k: str(data[k]) for k in ('license', 'license_name', 'license_link') if data.get(k)}
+    return dict(license='other', license_name='see-base-model') | (
+        dict(license_link=f'https://huggingface.co/{hub_id}') if hub_id else {}
+    )
 
 # %% ../../nbs/5_export/02_model_card.ipynb #bfe4bb46
-def table(rows:list[dict], keys:list[str])->str:
+def table(rows: list[dict], keys: list[str]) -> str:
     "Markdown; numbers with four digits, an absent one as a dash"
-    def cell(v): return '-' if v is None else f'{v:.4g}' if isinstance(v, float) else str(v).replace('|', r'\|').replace('\n', ' ')
-    return '\n'.join(f'| {" | ".join(r)} |' for r in [keys, ['---']*len(keys), *([cell(row.get(k)) for k in keys] for row in rows)])
-def protocol(row:dict)->str:
+
+    def cell(v):
+        return (
+            '-'
+            if v is None
+            else f'{v:.4g}'
+            if isinstance(v, float)
+            else str(v).replace('|', r'\|').replace('\n', ' ')
+        )
+
+    return '\n'.join(
+        f'| {" | ".join(r)} |'
+        for r in [keys, ['---'] * len(keys), *([cell(row.get(k)) for k in keys] for row in rows)]
+    )
+
+
+def protocol(row: dict) -> str:
     "How a score was made, in one line"
     how = row.get('protocol')
-    if isinstance(how, dict): return ', '.join(f'{k} {v[:12] if k.endswith("_sha") else v}' for k, v in how.items() if v not in ('', None, (), []))
-    if how: return str(how)
+    if isinstance(how, dict):
+        return ', '.join(
+            f'{k} {v[:12] if k.endswith("_sha") else v}'
+            for k, v in how.items()
+            if v not in ('', None, (), [])
+        )
+    if how:
+        return str(how)
     made = f'{row.get("n", "unknown number of")} pictures, seed {row.get("seed", "unknown")}'
-    if 'tiny_fd' in row: return f'{made}, one per bundled prompt; tiny-FD, tiny-CLIP and accuracies of the bundled scorer, against 10,000 real pictures of the bundled world. They mean nothing outside that world.'
+    if 'tiny_fd' in row:
+        return (
+            f'{made}, one per bundled prompt; tiny-FD, tiny-CLIP and accuracies of the bundled scorer, against '
+            f'10,000 real pictures of the bundled world. They mean nothing outside that world.'
+        )
     return f'{made}; protocol not recorded.'
-def score_section(scores:list[dict])->str: # rows of scores.json, or saved results
+
+
+def score_section(scores: list[dict]) -> str:  # rows of scores.json, or saved results
     "Scores with their protocols, or that there are none"
-    if not scores: return 'Not scored.'
-    how, rows = [(r.get('name', '?'), protocol(r)) for r in scores], [dict(name=r.get('name', '?')) | r.get('values', r) for r in scores]
-    keys = list(dict.fromkeys(k for r in rows for k in r if k not in ('protocol', 'n', 'seed', 'date', 'versions')))
+    if not scores:
+        return 'Not scored.'
+    how, rows = (
+        [(r.get('name', '?'), protocol(r)) for r in scores],
+        [dict(name=r.get('name', '?')) | r.get('values', r) for r in scores],
+    )
+    keys = list(
+        dict.fromkeys(k for r in rows for k in r if k not in ('protocol', 'n', 'seed', 'date', 'versions'))
+    )
     said = how[0][1] if len({h for _, h in how}) == 1 else '\n'.join(f'\n- **{k}**: {v}' for k, v in how)
     return table(rows, keys) + '\n\nProtocol: ' + said
 
 # %% ../../nbs/5_export/02_model_card.ipynb #c9ad58a8
 def prompts_line(
-    path:str, # as in config.json; '' is the bundled list
-    kept:dict|None=None, # prompts.json of the run: report, sha256
-)->str:
+    path: str,  # as in config.json; '' is the bundled list
+    kept: dict | None = None,  # prompts.json of the run: report, sha256
+) -> str:
     "Name, size and SHA-256 of the prompts"
-    file = Path(path).expanduser() if path else EMBEDDED/'prompts.txt'
-    if kept: return f'`{origin(path)[0] if path else file.name}`, {kept["report"]}, SHA-256 `{kept["sha256"]}`'
-    if not file.is_file(): return f'`{file.name}` (not there any more when this card was written)'
+    file = Path(path).expanduser() if path else EMBEDDED / 'prompts.txt'
+    if kept:
+        return f'`{origin(path)[0] if path else file.name}`, {kept["report"]}, SHA-256 `{kept["sha256"]}`'
+    if not file.is_file():
+        return f'`{file.name}` (not there any more when this card was written)'
     text = file.read_bytes()
-    return f'`{file.name}`, {sum(bool(l.strip()) for l in text.splitlines()):,} prompts, SHA-256 of the file `{hashlib.sha256(text).hexdigest()}`'
-def versions()->dict[str, str]:
+    return (
+        f'`{file.name}`, {sum(bool(l.strip()) for l in text.splitlines()):,} prompts, SHA-256 of the file '
+        f'`{hashlib.sha256(text).hexdigest()}`'
+    )
+
+
+def versions() -> dict[str, str]:
     "What a student's software was when the card was written"
-    return {'python': platform.python_version(), 'sid-lsg-nb': __version__, **{p: version(p) for p in ('torch', 'diffusers', 'transformers')}}
+    return {
+        'python': platform.python_version(),
+        'sid-lsg-nb': __version__,
+        **{p: version(p) for p in ('torch', 'diffusers', 'transformers')},
+    }
 
 # %% ../../nbs/5_export/02_model_card.ipynb #6f3ff94d
-def card_data(config:dict, license:dict[str, str]|None=None, kind:str='StableDiffusionPipeline')->str: # YAML
+def card_data(
+    config: dict, license: dict[str, str] | None = None, kind: str = 'StableDiffusionPipeline'
+) -> str:  # YAML
     "Front matter for the hub; kind: the pipeline's class, or EDM"
     hub_id, terms = origin(config['teacher'])[1], license or inherited_license(config['teacher'])
-    if kind == 'EDM': return hub.ModelCardData(base_model=hub_id, library_name='sid-lsg-nb', pipeline_tag='unconditional-image-generation', tags=['one-step', 'distillation', 'edm'], **terms).to_yaml()
-    data = hub.ModelCardData(base_model=hub_id, library_name='diffusers', pipeline_tag='text-to-image',
-        tags=['text-to-image', 'diffusers', *['stable-diffusion']*kind.startswith('StableDiffusion'), 'one-step', 'distillation', 'sid-lsg'], **terms,
-        inference=dict(parameters=dict(num_inference_steps=1, guidance_scale=0)))
+    if kind == 'EDM':
+        return hub.ModelCardData(
+            base_model=hub_id,
+            library_name='sid-lsg-nb',
+            pipeline_tag='unconditional-image-generation',
+            tags=['one-step', 'distillation', 'edm'],
+            **terms,
+        ).to_yaml()
+    data = hub.ModelCardData(
+        base_model=hub_id,
+        library_name='diffusers',
+        pipeline_tag='text-to-image',
+        tags=[
+            'text-to-image',
+            'diffusers',
+            *['stable-diffusion'] * kind.startswith('StableDiffusion'),
+            'one-step',
+            'distillation',
+            'sid-lsg',
+        ],
+        **terms,
+        inference=dict(parameters=dict(num_inference_steps=1, guidance_scale=0)),
+    )
     return data.to_yaml()
 
 # %% ../../nbs/5_export/02_model_card.ipynb #ff7c6d01
@@ -133,86 +213,191 @@ ELSEWHERE = """As one file or as a LoRA (`sid-lsg export`) the step has to be se
 - ComfyUI: SamplerCustom with cfg 1, KSamplerSelect `euler`, ManualSigmas `{0:.4f}, 0`.
 - stable-diffusion.cpp, by its Python bindings: `sigmas='{0:.4f},0.0', cfg_scale=1.0, sample_method='euler'`."""
 LSG, SIM = '[SiD-LSG](https://arxiv.org/abs/2406.01561)', '[SIM](https://arxiv.org/abs/2410.16794)'
-BY = dict(sid=f'score identity distillation with long and short guidance ({LSG})', fisher=f'score identity distillation by the exact Fisher gradient (after {LSG})',
-          sim=f'score implicit matching ({SIM})', di='the integral KL gradient of [Diff-Instruct](https://arxiv.org/abs/2305.18455)')
+BY = dict(
+    sid=f'score identity distillation with long and short guidance ({LSG})',
+    fisher=f'score identity distillation by the exact Fisher gradient (after {LSG})',
+    sim=f'score implicit matching ({SIM})',
+    di='the integral KL gradient of [Diff-Instruct](https://arxiv.org/abs/2305.18455)',
+)
 
 # %% ../../nbs/5_export/02_model_card.ipynb #c2d8d662
 def model_card(
-    config:dict, # config.json
-    log_rows:list[dict], # log.jsonl
-    scores:list[dict], # scores.json and saved results; empty: not scored
+    config: dict,  # config.json
+    log_rows: list[dict],  # log.jsonl
+    scores: list[dict],  # scores.json and saved results; empty: not scored
     *,
-    t_init:float|None, # where the one step starts; None: not known
-    sigma:float|None, # its sigma_t/alpha_t
-    kind:str='StableDiffusionPipeline', # class of the saved pipeline, or EDM
-    title:str='One-step student',
-    where:str='PATH_OR_REPO', # in the example
-    prompt:str|None=None, # in the example; default: one the teacher knows
-    picture:str='', # file beside the card
-    prompts:dict|None=None, # prompts.json
-    license:dict[str, str]|None=None, # default: the teacher's
-)->str:
+    t_init: float | None,  # where the one step starts; None: not known
+    sigma: float | None,  # its sigma_t/alpha_t
+    kind: str = 'StableDiffusionPipeline',  # class of the saved pipeline, or EDM
+    title: str = 'One-step student',
+    where: str = 'PATH_OR_REPO',  # in the example
+    prompt: str | None = None,  # in the example; default: one the teacher knows
+    picture: str = '',  # file beside the card
+    prompts: dict | None = None,  # prompts.json
+    license: dict[str, str] | None = None,  # default: the teacher's
+) -> str:
     "README.md of a student, from its run's own files"
-    prompt = prompt or ('a 3d fox on a white background' if config['teacher'] == 'embedded' else 'a photo of a cat')
+    prompt = prompt or (
+        'a 3d fox on a white background' if config['teacher'] == 'embedded' else 'a photo of a cat'
+    )
     license, (teacher, hub_id) = license or inherited_license(config['teacher']), origin(config['teacher'])
-    public = {k: origin(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v for k, v in config.items() if v not in (None, '', [], ()) and k not in ('out', 'resume', 'device', 'dry_run')}
+    public = {
+        k: origin(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v
+        for k, v in config.items()
+        if v not in (None, '', [], ()) and k not in ('out', 'resume', 'device', 'dry_run')
+    }
     rows = [dict(setting=k, value=f'`{v}`') for k, v in public.items()]
-    seen = f'Images seen: {log_rows[-1]["nimg"]:,} of {config["max_train_images"]:,}' if log_rows else 'No log was kept'
-    last = ', '.join(f'{DISAGREEMENT + " (fisher)" if k == "fisher" else k} {v:.4g}' for k, v in log_rows[-1].items() if k in ('fisher', 'loss', 'loss_fake', 'img_per_s') and isinstance(v, (int, float))) if log_rows else ''
+    seen = (
+        f'Images seen: {log_rows[-1]["nimg"]:,} of {config["max_train_images"]:,}'
+        if log_rows
+        else 'No log was kept'
+    )
+    last = (
+        ', '.join(
+            f'{DISAGREEMENT + " (fisher)" if k == "fisher" else k} {v:.4g}'
+            for k, v in log_rows[-1].items()
+            if k in ('fisher', 'loss', 'loss_fake', 'img_per_s') and isinstance(v, (int, float))
+        )
+        if log_rows
+        else ''
+    )
     link = f'[{hub_id}](https://huggingface.co/{hub_id})' if hub_id else teacher
-    terms = ' (see there)' if license.get('license_name') == 'see-base-model' else ': ' + ', '.join(f'`{v}`' for v in license.values())
-    use = (USE_EDM if kind == 'EDM' else USE).format(kind=kind, where=where, prompt=prompt.replace("'", r"\'"))
-    begins = 'Keep the scheduler that comes with it: ' * (kind != 'EDM') + ('it makes the one step.' if sigma is None else f'the one step starts at {"" if t_init is None else f"t = {t_init:g}, "}sigma {sigma:.4f}, not at the noise other models start from.')
-    if kind == 'StableDiffusionPipeline' and sigma is not None and math.isfinite(sigma): begins += '\n\n' + ELSEWHERE.format(sigma)
-    return CARD.format(yaml=card_data(config, license, kind).strip(), title=title, teacher=link, picture=f'\n![Samples]({picture})\n' if picture else '', use=use,
-        begins=begins[0].upper() + begins[1:], method=BY[config.get('method', 'sid')], scores=score_section(scores), trained=f'{seen}{"; last line of the log: " + last if last else ""}.',
-        recipe=table(rows, ['setting', 'value']), prompts=prompts_line(config.get('prompts', ''), prompts), versions=', '.join(f'{k} {v}' for k, v in versions().items()), license=terms)
+    terms = (
+        ' (see there)'
+        if license.get('license_name') == 'see-base-model'
+        else ': ' + ', '.join(f'`{v}`' for v in license.values())
+    )
+    use = (USE_EDM if kind == 'EDM' else USE).format(
+        kind=kind, where=where, prompt=prompt.replace("'", r"\'")
+    )
+    begins = 'Keep the scheduler that comes with it: ' * (kind != 'EDM') + (
+        'it makes the one step.'
+        if sigma is None
+        else f'the one step starts at {"" if t_init is None else f"t = {t_init:g}, "}sigma {sigma:.4f}, not at the '
+             f'noise other models start from.'
+    )
+    if kind == 'StableDiffusionPipeline' and sigma is not None and math.isfinite(sigma):
+        begins += '\n\n' + ELSEWHERE.format(sigma)
+    return CARD.format(
+        yaml=card_data(config, license, kind).strip(),
+        title=title,
+        teacher=link,
+        picture=f'\n![Samples]({picture})\n' if picture else '',
+        use=use,
+        begins=begins[0].upper() + begins[1:],
+        method=BY[config.get('method', 'sid')],
+        scores=score_section(scores),
+        trained=f'{seen}{"; last line of the log: " + last if last else ""}.',
+        recipe=table(rows, ['setting', 'value']),
+        prompts=prompts_line(config.get('prompts', ''), prompts),
+        versions=', '.join(f'{k} {v}' for k, v in versions().items()),
+        license=terms,
+    )
 
 # %% ../../nbs/5_export/02_model_card.ipynb #fe9c159d
-def beginning(folder)->tuple[str, float|None, float|None]: # class of the pipeline or EDM; t_init and sigma_t/alpha_t, if they can be told
+def beginning(
+    folder,
+) -> tuple[
+    str, float | None, float | None
+]:  # class of the pipeline or EDM; t_init and sigma_t/alpha_t, if they can be told
     "What a saved generator is and where its one step begins; raises `InputError` if there is none"
-    folder = Path(folder); read = lambda name: json.loads((folder/name).read_text(encoding='utf-8')) if (folder/name).is_file() else {}
-    if sigma := read('config.json').get('sigma_init'): return 'EDM', None, sigma
-    if not (kind := read('model_index.json').get('_class_name')): raise InputError(f'{str(folder)!r} holds no generator (no model_index.json); give a run folder whose run has ended')
-    betas = read('scheduler/scheduler_config.json').get('trained_betas')                   # a table that ends at t_init
-    if not betas: return kind, None, None
+    folder = Path(folder)
+    read = lambda name: (
+        json.loads((folder / name).read_text(encoding='utf-8')) if (folder / name).is_file() else {}
+    )
+    if sigma := read('config.json').get('sigma_init'):
+        return 'EDM', None, sigma
+    if not (kind := read('model_index.json').get('_class_name')):
+        raise InputError(
+            f'{str(folder)!r} holds no generator (no model_index.json); give a run folder whose run has ended'
+        )
+    betas = read('scheduler/scheduler_config.json').get('trained_betas')  # a table that ends at t_init
+    if not betas:
+        return kind, None, None
     kept = math.prod(1 - b for b in betas)
-    return kind, len(betas) - 1, math.sqrt((1 - kept)/kept) if kept > 0 else math.inf
+    return kind, len(betas) - 1, math.sqrt((1 - kept) / kept) if kept > 0 else math.inf
+
+
 def write_card(
-    run, # a run folder, with generator/ in it
-    title:str|None=None, # default: the run's name
-    repo_id:str|None=None, # used in the example, if it is to be pushed
-    results=(), # files of saved results, for the scores
-)->Path: # generator/README.md
-    "Write the card and the last sample sheet into the student's folder; raises `InputError` if this is no finished run"
-    run = Path(run).expanduser(); folder, sheets = run/'generator', sorted((run/'samples').glob('[0-9]*.png'))
-    if not (run/'config.json').is_file(): raise InputError(f'{str(run)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
+    run,  # a run folder, with generator/ in it
+    title: str | None = None,  # default: the run's name
+    repo_id: str | None = None,  # used in the example, if it is to be pushed
+    results=(),  # files of saved results, for the scores
+) -> Path:  # generator/README.md
+    """Write the card and the last sample sheet into the student's folder; raises `InputError` if this is no
+    finished run"""
+    run = Path(run).expanduser()
+    folder, sheets = run / 'generator', sorted((run / 'samples').glob('[0-9]*.png'))
+    if not (run / 'config.json').is_file():
+        raise InputError(
+            f'{str(run)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made'
+        )
     kind, t_init, sigma = beginning(folder)
-    read = lambda name, default: read_json_or(default, run/name)
-    scores = [r for r in read('scores.json', []) if isinstance(r, dict)] + [json.loads(Path(f).read_text(encoding='utf-8')) for f in results]
-    text = model_card(read_json(run/'config.json'), [r for r in read_jsonl(run/'log.jsonl')[0] if 'nimg' in r], scores, t_init=t_init, sigma=sigma, kind=kind, prompt=dict(EDM='0').get(kind),
-        prompts=read('prompts.json', {}) or None, title=title or run.resolve().name, where=repo_id or 'PATH_OR_REPO', picture='samples.png' if sheets else '')
-    if sheets: shutil.copy(sheets[-1], folder/'samples.png')
-    atomic_write(folder/'README.md', text)
-    return folder/'README.md'
+    read = lambda name, default: read_json_or(default, run / name)
+    scores = [r for r in read('scores.json', []) if isinstance(r, dict)] + [
+        json.loads(Path(f).read_text(encoding='utf-8')) for f in results
+    ]
+    text = model_card(
+        read_json(run / 'config.json'),
+        [r for r in read_jsonl(run / 'log.jsonl')[0] if 'nimg' in r],
+        scores,
+        t_init=t_init,
+        sigma=sigma,
+        kind=kind,
+        prompt=dict(EDM='0').get(kind),
+        prompts=read('prompts.json', {}) or None,
+        title=title or run.resolve().name,
+        where=repo_id or 'PATH_OR_REPO',
+        picture='samples.png' if sheets else '',
+    )
+    if sheets:
+        shutil.copy(sheets[-1], folder / 'samples.png')
+    atomic_write(folder / 'README.md', text)
+    return folder / 'README.md'
 
 # %% ../../nbs/5_export/02_model_card.ipynb #34efe825
 def push(
-    folder, # a student with its card, generator/ of a run
-    repo_id:str, # owner/name
-    private:bool=True, # if the repository has to be created
-    api=None, # a `huggingface_hub.HfApi`; default: one that is logged in as you are
-)->str: # address of the repository
+    folder,  # a student with its card, generator/ of a run
+    repo_id: str,  # owner/name
+    private: bool = True,  # if the repository has to be created
+    api=None,  # a `huggingface_hub.HfApi`; default: one that is logged in as you are
+) -> str:  # address of the repository
     "Upload a student to the hub; raises `InputError` if it is incomplete, you are not logged in, or the hub refuses"
     folder = Path(folder).expanduser()
-    absent = [f for f in ('config.json' if (folder/'model.safetensors').is_file() else 'model_index.json', 'README.md') if not (folder/f).is_file()]   # EDM's networks have no index
-    if absent: raise InputError(f'{str(folder)!r} has no {" and no ".join(absent)}; give the generator/ of a run, after write_card')
-    if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', repo_id): raise InputError(f'repository {repo_id!r} must look like owner/name')
-    if api is None and hub.get_token() is None: raise InputError('not logged in to the hub; run `hf auth login`, or set HF_TOKEN')
+    absent = [
+        f
+        for f in (
+            'config.json' if (folder / 'model.safetensors').is_file() else 'model_index.json',
+            'README.md',
+        )
+        if not (folder / f).is_file()
+    ]  # EDM's networks have no index
+    if absent:
+        raise InputError(
+            f'{str(folder)!r} has no {" and no ".join(absent)}; give the generator/ of a run, after write_card'
+        )
+    if not re.fullmatch(r'[\w-][\w.-]*/[\w-][\w.-]*', repo_id):
+        raise InputError(f'repository {repo_id!r} must look like owner/name')
+    if api is None and hub.get_token() is None:
+        raise InputError('not logged in to the hub; run `hf auth login`, or set HF_TOKEN')
     api = api or hub.HfApi()
-    refusals = (OSError, ValueError, *HfHubHTTPError.__bases__)     # among them the HTTP library's own error, whichever that is
+    refusals = (
+        OSError,
+        ValueError,
+        *HfHubHTTPError.__bases__,
+    )  # among them the HTTP library's own error, whichever that is
     try:
         api.create_repo(repo_id, repo_type='model', private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, repo_type='model', folder_path=folder, commit_message='One-step student and its card', ignore_patterns=['.*', '**/.*', '*.tmp'])
-    except refusals as e: raise InputError(f'the hub did not take {repo_id} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); check the name, your rights and the network') from e
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type='model',
+            folder_path=folder,
+            commit_message='One-step student and its card',
+            ignore_patterns=['.*', '**/.*', '*.tmp'],
+        )
+    except refusals as e:
+        raise InputError(
+            f'the hub did not take {repo_id} ({str(e).splitlines()[0][:150] if str(e) else type(e).__name__}); '
+            f'check the name, your rights and the network'
+        ) from e
     return f'https://huggingface.co/{repo_id}'
