@@ -26,7 +26,8 @@ from sid_lsg_nb.commands.bench import machine
 from sid_lsg_nb.training.checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
 from sid_lsg_nb.data.prompt_stream import PromptStream
 from sid_lsg_nb.core import InputError, atomic_write, expand_like, image_grid, noise_for, pick_device, rng, sum_per_sample
-from sid_lsg_nb.method.steps import Game, Learner, Recipe, distill
+from sid_lsg_nb.method.methods import Recipe, make_method
+from sid_lsg_nb.method.steps import Learner, Networks, distill
 from sid_lsg_nb.data.prompt_stream import text_batches
 from sid_lsg_nb.teachers.edm import CIFAR10_CLASSES, UNetBlock, EDMTeacher, KarrasSchedule, cifar10_config, load_edm, save_edm, song_unet
 from sid_lsg_nb.method.sampling import SIGMA_INIT, one_step
@@ -248,22 +249,25 @@ class Distilling:
         teacher.denoiser.autocast = o.autocast
         if o.channels_last: teacher.denoiser.net.to(memory_format=torch.channels_last)
         fake, gen = (Learner(d := teacher.denoiser.copy(), make_adam([p for p in d.parameters() if p.requires_grad], lr=o.lr)) for _ in range(2))
-        self.game, self.ema = Game(teacher.denoiser, fake, gen, teacher.text.null(), RECIPES[method]), EMA(gen.net, halflife=500_000)
-        self.stream, self.dice = PromptStream(teacher.prompts, o.seed), rng(o.seed + 1, self.device)
+        self.nets = Networks(teacher.denoiser, dict(fake=fake, generator=gen), teacher.text.null())
+        self.method, self.ema = make_method(RECIPES[method]), EMA(gen.net, halflife=500_000)
+        self.stream, self.rng = PromptStream(teacher.prompts, o.seed), rng(o.seed + 1, self.device)
         self.settings = dict(batch=self.batch, lr=o.lr, seed=o.seed, teacher=weights); self.begin()
     def begin(self):
         batches = text_batches(self.stream, self.teacher.text, self.batch, self.o.micro or None)
-        self.loop = distill(self.game, batches, self.teacher.latent_shape, rng=self.dice, ema=self.ema, nimg=self.nimg)
+        self.loop = distill(self.nets, self.method, batches, self.teacher.latent_shape, rng=self.rng, ema=self.ema, nimg=self.nimg)
     def step(self)->torch.Tensor: # E||y_real - y_fake||^2 per number
         "A step of the fake, a step of the generator"
         s = next(self.loop); self.nimg = s.nimg
-        return s.gen.fisher/np.prod(self.teacher.latent_shape).item()
-    def parts(self)->dict: return dict(fake=self.game.fake.net, gen=self.game.generator.net, ema=self.ema.net, opt_fake=self.game.fake.optimizer, opt_gen=self.game.generator.optimizer)
-    def state(self)->dict: return {k: v.state_dict() for k, v in self.parts().items()} | dict(nimg=self.nimg, position=self.stream.position, dice=self.dice.get_state())
+        return s.logs['fisher']/np.prod(self.teacher.latent_shape).item()
+    def parts(self)->dict:
+        fake, gen = self.nets['fake'], self.nets['generator']
+        return dict(fake=fake.net, gen=gen.net, ema=self.ema.net, opt_fake=fake.optimizer, opt_gen=gen.optimizer)
+    def state(self)->dict: return {k: v.state_dict() for k, v in self.parts().items()} | dict(nimg=self.nimg, position=self.stream.position, rng=self.rng.get_state())
     def restore(self, state:dict):
         "Go on as if nothing had been"
         for k, v in self.parts().items(): v.load_state_dict(state[k])
-        self.nimg, self.stream.position = state['nimg'], state['position']; self.dice.set_state(state['dice'].cpu()); self.begin()
+        self.nimg, self.stream.position = state['nimg'], state['position']; self.rng.set_state(state['rng'].cpu()); self.begin()
     def save(self, folder:Path): save_edm(self.ema.net.net, folder, SIGMA_INIT)
 
 # ---- training either

@@ -83,21 +83,20 @@ def bundled(o, **more):
 def losses(config, n:int):
     "Losses of n iterations, on noise that the CPU makes: [n, 3] float64; and the job"
     import torch
+    from dataclasses import replace
     from sid_lsg_nb.core import rng
-    from sid_lsg_nb.method.steps import draw, fake_step, generator_step, shares
-    from sid_lsg_nb.data.prompt_stream import text_batches
-    from sid_lsg_nb.training.trainer import setup
-    job = setup(config); c, recipe, dice, out = job.config, job.game.recipe, rng(config.seed), []
-    def noises(fake):
-        noise = draw((c.total_batch_size, *job.teacher.latent_shape), job.teacher.schedule, recipe, dice, fake=fake)
-        for k in ('z', 'eps', 't'): setattr(noise, k, getattr(noise, k).to(job.team.device))
-        return shares(noise, [c.micro_batch]*c.gradient_accumulation_steps, 0)
-    batches = text_batches(job.stream, job.teacher.text, c.total_batch_size, c.micro_batch, c.proportion_empty_prompts*recipe.kappa.needs_prompt_dropout, job.drops)
-    for k in range(n):
-        for_fake, for_generator = next(batches)
-        f, g = fake_step(job.game, for_fake, noises(True)), generator_step(job.game, for_generator, noises(False))
-        job.ema.update(job.game.generator.net, k*c.total_batch_size, c.total_batch_size)
-        out.append(torch.stack([f.loss, g.loss, g.fisher]).double())
+    from sid_lsg_nb.method.steps import distill
+    from sid_lsg_nb.training.trainer import data_of, setup
+    job, out = setup(config), []
+
+    class OnCPU:
+        "The method, with noise that the CPU makes"
+        def __getattr__(self, name): return getattr(job.method, name)
+        def draw(self, update, shape, schedule, generator, dtype):
+            d = job.method.draw(update, shape, schedule, generator, dtype)
+            return replace(d, **{k: getattr(d, k).to(job.team.device) for k in ('z', 'eps', 't')})
+    for _, s in zip(range(n), distill(job.nets, OnCPU(), data_of(job), job.teacher.latent_shape, rng=rng(config.seed), ema=job.ema)):
+        out.append(torch.stack([s.logs[k] for k in ('loss_fake', 'loss', 'fisher')]).double())
     return torch.stack(out).cpu(), job
 
 VARIANTS = {  # name: settings, how far the means of fake's loss and gap may be from fp32's, as a part
@@ -112,7 +111,7 @@ def variants(r:Report, n:int, plain):
         with r.attempt(name):
             found, job = losses(bundled(r.o, **settings), n); apart = ((found - plain).mean(0)/plain.mean(0)).abs()[[0, 2]].tolist()
             row = dict(finite=bool(found.isfinite().all()), apart=[round(a, 6) for a in apart], bound=bound)
-            if job.game.fake.scaler: row['scales'] = {k: l.scaler.get_scale() for k, l in job.learners.items()}
+            if job.nets['fake'].scaler: row['scales'] = {k: l.scaler.get_scale() for k, l in job.nets.learners.items()}
             r.add(**{name: row | dict(ok=row['finite'] and (bound is None or max(apart) < bound))})
             del job; free()
 
@@ -330,7 +329,7 @@ def ranks(o):
         for l in [*a.learners.values(), *b.learners.values()] if how == 'copies' and team.world == 1 else ():
             l.train = l.net.with_net(DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False))
         it = iterate(a); a.nimg = next(it).nimg; save(a, Path(o.out)/how); restore(b, load_latest(Path(o.out)/how/'checkpoints')[1])
-        one, two = next(it), next(iterate(b)); pair = [float(s.gen.fisher) for s in (one, two)]
+        one, two = next(it), next(iterate(b)); pair = [float(s.logs['fisher']) for s in (one, two)]
         out[how] = dict(fisher=pair, ok=abs(pair[0]/pair[1] - 1) < 1e-3)
     if team.main: (Path(o.out)/'ranks.json').write_text(json.dumps(out | dict(backend=dist.get_backend(), world=team.world, device=str(team.device), torch=torch.__version__)))
     team.leave()

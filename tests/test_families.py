@@ -16,7 +16,8 @@ from sid_lsg_nb.data.prompt_stream import PromptStream, text_batches
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.optim import EMA, make_adam
 from sid_lsg_nb.method.sampling import SIGMA_INIT, one_step, teacher_sample
-from sid_lsg_nb.method.steps import Game, Learner, Recipe, distill
+from sid_lsg_nb.method.methods import Recipe, make_method
+from sid_lsg_nb.method.steps import Learner, Networks, distill
 from sid_lsg_nb.teachers.edm import edm_teacher, save_edm, tiny_edm, wrap_unet2d
 from sid_lsg_nb.teachers.registry import open_student, open_teacher
 from sid_lsg_nb.teachers.student import save_student
@@ -98,7 +99,7 @@ def train(case, teacher):
     "A few iterations -> both learners, the average, and what each iteration said"
     lo, hi = teacher.schedule.default_range
     t_init = getattr(teacher, 't_init', teacher.schedule.sigma_to_t(SIGMA_INIT))
-    recipe = Recipe(case.kappa, **dict(t_min=lo, t_max=hi, t_init=t_init) | case.recipe)
+    recipe = Recipe(kappa=case.kappa, **dict(t_min=lo, t_max=hi, t_init=t_init) | case.recipe)
     teacher.check_guidance(recipe.kappa)
     teacher.check_t_init(recipe.t_init)
 
@@ -108,10 +109,9 @@ def train(case, teacher):
 
     fake, gen = learner(), learner()
     ema, prompts = EMA(gen.net, halflife=4), getattr(teacher, 'prompts', PROMPTS)
-    p_drop = .5*recipe.kappa.needs_prompt_dropout
-    batches = text_batches(PromptStream(prompts, 0), teacher.text, case.batch, case.micro, p_drop, rng(3))
-    game = Game(teacher.denoiser, fake, gen, teacher.text.null(), recipe)
-    states = distill(game, batches, teacher.latent_shape, rng=rng(1), ema=ema)
+    batches = text_batches(PromptStream(prompts, 0), teacher.text, case.batch, case.micro, .5, rng(3))
+    nets = Networks(teacher.denoiser, dict(fake=fake, generator=gen), teacher.text.null())
+    states = distill(nets, make_method(recipe), batches, teacher.latent_shape, rng=rng(1), ema=ema)
     said = [s for _, s in zip(range(case.iterations), states)]
     return SimpleNamespace(fake=fake.net, gen=gen.net, ema=ema.net, said=said, recipe=recipe, prompts=prompts)
 
@@ -126,9 +126,9 @@ def trained(request, tmp_path_factory):
 
 def test_nothing_is_skipped(trained):
     for s in trained.said:
-        assert s.fake.loss.isfinite().all() and s.gen.loss.isfinite().all()
-        assert s.fake.norm > 0 and s.gen.norm > 0 and s.gen.fisher > 0
-        assert [float(x) for x in (s.fake.skipped, s.gen.skipped, s.fake.dropped, s.gen.dropped)] == [0.]*4
+        assert all(v.isfinite() for v in s.logs.values())
+        assert s.logs['norm_fake'] > 0 and s.logs['norm'] > 0 and s.logs['fisher'] > 0
+        assert [float(s.logs[k]) for k in ('skipped_fake', 'skipped', 'dropped_fake', 'dropped')] == [0.]*4
     assert trained.said[-1].nimg == trained.case.iterations*trained.case.batch
 
 def test_all_that_may_learn_moves(trained):

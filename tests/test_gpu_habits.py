@@ -1,6 +1,5 @@
 "What a GPU would punish, seen without one: the training step asks no tensor for its value and carries nothing between devices."
 from contextlib import nullcontext
-from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -10,7 +9,10 @@ import sid_lsg_nb.teachers.denoiser
 from sid_lsg_nb.core import to_device
 from sid_lsg_nb.teachers.denoiser import Denoiser
 from sid_lsg_nb.testing import tiny_unet
-from sid_lsg_nb.method.steps import Game, Learner, Recipe, fake_step, generator_step
+from sid_lsg_nb.method.methods import Recipe, make_method
+from sid_lsg_nb.method.sampling import Draw
+from sid_lsg_nb.method.sequential import generator_grad_sequential
+from sid_lsg_nb.method.steps import Batch, Learner, Networks, generator_grad, run_update
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.optim import EMA, make_adam
 from sid_lsg_nb.method.schedule import DiscreteSchedule
@@ -39,16 +41,20 @@ def test_the_watch_sees():
     with Watch() as seen: torch.ones(2).sum().item(), bool(torch.ones(1) > 0), torch.ones(2, device='cpu').to('meta')
     assert len(seen.asked) == 2 and len(seen.carried) == 1
 
-@pytest.mark.parametrize('sequential', [False, True])
-def test_a_step_carries_nothing(monkeypatch, sequential):
+@pytest.mark.parametrize('gradient', [generator_grad, generator_grad_sequential])
+def test_a_step_carries_nothing(monkeypatch, gradient):
     "Networks, prompts and noise on `meta`, which stands for the GPU: after the first step nothing comes from the CPU any more"
     monkeypatch.setattr(sid_lsg_nb.teachers.denoiser.torch, 'autocast', lambda *a, **k: nullcontext())       # knows no meta
     teacher = Denoiser(tiny_unet().to('meta').requires_grad_(False), DiscreteSchedule.from_scheduler(DDIMScheduler()))
     fake, generator = (Learner(n := teacher.copy(), make_adam(n.parameters()), clip=1.) for _ in range(2))
     words, ema = lambda n: dict(encoder_hidden_states=torch.empty(n, 16, 16, device='meta')), EMA(generator.net)
-    noise = SimpleNamespace(z=torch.empty(2, 4, 8, 8, device='meta'), eps=torch.empty(2, 4, 8, 8, device='meta'), t=torch.empty(2, dtype=torch.long, device='meta'))
-    game = Game(teacher, fake, generator, words(1), Recipe(Kappa.lsg(1.5), fake_loss_weight='1-t'), sequential)
-    def step(): fake_step(game, [words(2)], [noise]); generator_step(game, [words(2)], [noise]); ema.update(generator.net, 0, 2)
+    latents = lambda: torch.empty(2, 4, 8, 8, device='meta')
+    draw = Draw(latents(), latents(), torch.empty(2, dtype=torch.long, device='meta'))
+    nets = Networks(teacher, dict(fake=fake, generator=generator), words(1))
+    method = make_method(Recipe(kappa=Kappa.lsg(1.5), fake_loss_weight='1-t', gradient=gradient))
+    def step():
+        for update in method.updates(0): run_update(method, update, nets, [Batch(words(2))], [draw])
+        ema.update(generator.net, 0, 2)
     step()
     with Watch() as seen: step()
     assert seen.carried == [] and seen.asked == []

@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from sid_lsg_nb.teachers.denoiser import Denoiser
-from sid_lsg_nb.method.steps import Recipe, fake_losses, generator_losses
+from sid_lsg_nb.method.methods import Recipe, make_method
+from sid_lsg_nb.method.sampling import Draw
+from sid_lsg_nb.method.steps import Batch, Learner, Networks, Update, fake_losses, generator_grad
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.schedule import DiscreteSchedule
 
@@ -77,16 +79,18 @@ def tiny_unet(seed):
 def world():
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
-    noise = SimpleNamespace(z=draw(B, 4, 8, 8), eps=draw(B, 4, 8, 8), t=torch.tensor([20, 431, 979]))
+    noise = Draw(z=draw(B, 4, 8, 8), eps=draw(B, 4, 8, 8), t=torch.tensor([20, 431, 979]))
     return SimpleNamespace(teacher=tiny_unet(1), fake=tiny_unet(2), generator=tiny_unet(3), text=draw(B, 5, 8), empty=draw(1, 5, 8), noise=noise)
 
 def ours(world, kind): # the package's view of the same networks
     schedule = DiscreteSchedule(ABAR, kind)
     teacher, fake, generator = (Denoiser(n, schedule) for n in (world.teacher, world.fake, world.generator))
-    cond, null = dict(encoder_hidden_states=world.text), dict(encoder_hidden_states=world.empty)
-    return teacher, fake, generator, cond, null, world.noise
+    learners = dict(fake=Learner(fake, None), generator=Learner(generator, None))
+    return Networks(teacher, learners, dict(encoder_hidden_states=world.empty)), Batch(dict(encoder_hidden_states=world.text)), world.noise
 
-def recipe(kappas=(1., 1., 1., 1.), **kw): return Recipe(kappa=Kappa(*kappas), t_init=T_INIT, **kw)
+def method(kappas=(1., 1., 1., 1.), **kw): return make_method(Recipe(kappa=Kappa(*kappas), t_init=T_INIT, **kw))
+def our_fake(m, world, kind): return fake_losses(m, *ours(world, kind))
+def our_generator(m, world, kind): return generator_grad(m, Update(('generator',)), *ours(world, kind))[0]
 def slopes(losses, net): return torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), list(net.parameters()))])
 def gap(a, b): return ((a - b).abs().max()/b.abs().max()).item()
 
@@ -99,15 +103,13 @@ def agree(a, b, net):
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
 @pytest.mark.parametrize('kappa1', [1., .5, 2., 4.5])
 def test_fake_loss(world, kind, kappa1):
-    _, *rest = ours(world, kind)
-    agree(fake_losses(*rest, recipe((kappa1, 1., 1., 1.))), official_fake(kind, world, kappa1), world.fake)
+    agree(our_fake(method((kappa1, 1., 1., 1.)), world, kind), official_fake(kind, world, kappa1), world.fake)
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
 @pytest.mark.parametrize('alpha', [0., .5, 1., 1.2])
 @pytest.mark.parametrize('kappas', KAPPAS, ids=str)
 def test_generator_loss(world, kind, alpha, kappas):
-    out = generator_losses(*ours(world, kind), recipe(kappas, alpha=alpha))
-    agree(out.loss, official_generator(kind, world, kappas, alpha), world.generator)
+    agree(our_generator(method(kappas, alpha=alpha), world, kind), official_generator(kind, world, kappas, alpha), world.generator)
 
 D = {'l2': lambda y: (y**2).sum(), 'huber:0.05': lambda y: ((y**2).sum() + .05**2*y.numel()).sqrt(), 'huber-abs:3': lambda y: ((y**2).sum() + 9).sqrt() - 3, 'p:1.7': lambda y: (y.abs()**1.7).sum(), 'p:3': lambda y: (y.abs()**3).sum()}
 W = {'none': lambda a, s, x, r: 1., 'l1': lambda a, s, x, r: (1/(x - r).abs().mean((1, 2, 3), keepdim=True).clip(min=1e-5)).detach(), 'snr': lambda a, s, x, r: a**2/s**2, '1-t': lambda a, s, x, r: 1/(1 + s/a), 'edm': lambda a, s, x, r: a**2/s**2 + 4}
@@ -116,30 +118,26 @@ W = {'none': lambda a, s, x, r: 1., 'l1': lambda a, s, x, r: (1/(x - r).abs().me
 @pytest.mark.parametrize('space', ['x0', 'score'])
 @pytest.mark.parametrize('distance', list(D))
 def test_sim_with_any_distance(world, kind, space, distance):
-    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], method='sim', distance=distance, space=space, loss_weight='none'))
-    agree(out.loss, official_family(kind, world, KAPPAS[-1], 'sim', W['none'], D[distance], space == 'score'), world.generator)
+    agree(our_generator(method(KAPPAS[-1], method='sim', distance=distance, space=space, loss_weight='none'), world, kind), official_family(kind, world, KAPPAS[-1], 'sim', W['none'], D[distance], space == 'score'), world.generator)
 
 @pytest.mark.parametrize('weight', list(W))
-@pytest.mark.parametrize('method', ['fisher', 'sim', 'di'])
-def test_methods_and_weights(world, method, weight):
-    out = generator_losses(*ours(world, 'epsilon'), recipe(KAPPAS[-1], method=method, distance='huber-abs:3', loss_weight=weight))
-    agree(out.loss, official_family('epsilon', world, KAPPAS[-1], method, W[weight], D['huber-abs:3']), world.generator)
+@pytest.mark.parametrize('name', ['fisher', 'sim', 'di'])
+def test_methods_and_weights(world, name, weight):
+    agree(our_generator(method(KAPPAS[-1], method=name, distance='huber-abs:3', loss_weight=weight), world, 'epsilon'), official_family('epsilon', world, KAPPAS[-1], name, W[weight], D['huber-abs:3']), world.generator)
 
 @pytest.mark.parametrize('weight', ['none', 'snr', '1-t', 'edm'])
 def test_weights_of_the_fake(world, weight):
-    _, *rest = ours(world, 'epsilon'); a, s = levels(world.noise.t)
+    a, s = levels(world.noise.t)
     official = official_fake('epsilon', world, 2.)*(s**2/a**2)[:, 0, 0, 0]*W[weight](a, s, 0, 0).reshape(-1) if weight != 'none' else official_fake('epsilon', world, 2.)*(s**2/a**2)[:, 0, 0, 0]
-    agree(fake_losses(*rest, recipe((2., 1., 1., 1.), fake_loss_weight=weight)), official, world.fake)
+    agree(our_fake(method((2., 1., 1., 1.), fake_loss_weight=weight), world, 'epsilon'), official, world.fake)
 
 @pytest.mark.parametrize('kind', ['epsilon', 'v_prediction'])
 def test_unweighted(world, kind):
-    out = generator_losses(*ours(world, kind), recipe(KAPPAS[-1], loss_weight='none'))
-    agree(out.loss, official_generator(kind, world, KAPPAS[-1], 1., weighted=False), world.generator)
+    agree(our_generator(method(KAPPAS[-1], loss_weight='none'), world, kind), official_generator(kind, world, KAPPAS[-1], 1., weighted=False), world.generator)
 
 def test_gradient_stays_out_of_the_judges(world):
-    nets = ours(world, 'epsilon')
     for n in (world.teacher, world.fake): n.requires_grad_(False)
-    generator_losses(*nets, recipe(KAPPAS[-1])).loss.sum().backward()
+    our_generator(method(KAPPAS[-1]), world, 'epsilon').sum().backward()
     try:
         assert all(p.grad is None for n in (world.teacher, world.fake) for p in n.parameters())
         assert all(p.grad is not None for p in world.generator.parameters())
@@ -149,4 +147,4 @@ def test_gradient_stays_out_of_the_judges(world):
 @pytest.mark.parametrize('swap', [(1, 2), (1, 3), (2, 3)])
 def test_the_oracle_can_tell_kappas_apart(world, swap):
     kappas = list(KAPPAS[-1]); i, j = swap; kappas[i], kappas[j] = kappas[j], kappas[i]
-    assert gap(generator_losses(*ours(world, 'epsilon'), recipe(kappas)).loss, official_generator('epsilon', world, KAPPAS[-1], 1.)) > 1e-3
+    assert gap(our_generator(method(kappas), world, 'epsilon'), official_generator('epsilon', world, KAPPAS[-1], 1.)) > 1e-3

@@ -10,8 +10,8 @@ def test_the_settled_scale_is_kept(tmp_path):
     config = Config(teacher=str(tmp_path/'teacher'), prompts=str(tmp_path/'p.txt'), mixed_precision='fp16', device='cpu', total_batch_size=2)
     old, new = setup(config), setup(config)
     settled = dict(fake=(32., 7), generator=(1024., 1999))
-    for k, (scale, good) in settled.items(): old.learners[k].scaler.load_state_dict(old.learners[k].scaler.state_dict() | dict(scale=scale, _growth_tracker=good))
-    assert [l.scaler.get_scale() for l in new.learners.values()] == [SCALE]*2
+    for k, (scale, good) in settled.items(): old.nets.learners[k].scaler.load_state_dict(old.nets.learners[k].scaler.state_dict() | dict(scale=scale, _growth_tracker=good))
+    assert [l.scaler.get_scale() for l in new.nets.learners.values()] == [SCALE]*2
     restore(new, load_checkpoint(save_checkpoint(tmp_path, 8, state_of(old))))
-    found = {k: l.scaler.state_dict() for k, l in new.learners.items()}
+    found = {k: l.scaler.state_dict() for k, l in new.nets.learners.items()}
     assert {k: (s['scale'], s['_growth_tracker']) for k, s in found.items()} == settled

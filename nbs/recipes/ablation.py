@@ -68,8 +68,7 @@ def prepare(setting:Setting, seed:int, nimg:int, n:int, batch:int): # the traine
     "A run of the trainer, ready to iterate"
     with tempfile.TemporaryDirectory() as tmp:
         (file := Path(tmp)/'captions.txt').write_text('\n'.join(captions(setting.captions, n, seed)) + '\n')
-        job = setup(Config(**dict(prompts=str(file), seed=seed, max_train_images=max(nimg, batch), total_batch_size=batch, device='cpu') | setting.options))
-    job.game.recipe = replace(job.game.recipe, student_steps=setting.steps)
+        job = setup(Config(**dict(prompts=str(file), seed=seed, max_train_images=max(nimg, batch), total_batch_size=batch, student_steps=setting.steps, device='cpu') | setting.options))
     return job
 
 def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:TinyClip)->dict: # training_seconds: wall, processor
@@ -79,15 +78,15 @@ def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:TinyClip)-
     end = round(setting.part*nimg/batch)*batch; looks, first, gaps, scores = {end, end//2, end//4} if setting.part > 1 else {end}, [], [], []
     def look(images):
         for steps in setting.draws if images == end else (1,):
-            draw = many_step_draw(job.teacher, setting.teacher, 25) if setting.teacher else student_draw(job.teacher, job.ema.net, job.game.recipe.t_init, steps)
+            draw = many_step_draw(job.teacher, setting.teacher, 25) if setting.teacher else student_draw(job.teacher, job.ema.net, job.t_init, steps)
             fresh = lambda prompts, seeds: draw(prompts, [s + 100_000*seed for s in seeds])                  # pictures from other noise for every seed
             s = asdict(tiny_score('', fresh, scorer, n=n, seed=HELD)); scores.append(dict(images=images, steps=25 if setting.teacher else steps) | {k: round(s[k], 5) for k in ('tiny_fd', 'tiny_clip', 'concept', 'style', 'color')})
     if not end: look(0)
     before = clocks()
     for s in iterate(job) if end else ():
         spent += clocks() - before
-        if len(first) < 5: first.append([float(s.fake.loss), float(s.gen.loss)])
-        gaps.append(float(s.gen.fisher))
+        if len(first) < 5: first.append([float(s.logs['loss_fake']), float(s.logs['loss'])])
+        gaps.append(float(s.logs['fisher']))
         if s.nimg in looks: look(s.nimg)
         if s.nimg >= end: break
         before = clocks()

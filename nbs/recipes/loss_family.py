@@ -15,9 +15,9 @@ from embedded_run import machine
 from torch import nn
 from torch.func import functional_call, stack_module_state, vmap
 from sid_lsg_nb.core import rng
-from sid_lsg_nb.method.steps import Recipe, verdict
 from sid_lsg_nb.method.gaussians import GaussianMixture
-from sid_lsg_nb.method.losses import fake_loss
+from sid_lsg_nb.method.losses import Estimates, fake_loss
+from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.schedule import DiscreteSchedule
 
 IMAGES = Path(__file__).parent.parent/'images'
@@ -76,7 +76,8 @@ def losses(recipes, x_g, x_t, a, s, fake): # all [R,B,.]; runs in blocks, one bl
     y_real = world.denoise(x_t.flatten(0, 1), a.flatten(0, 1), s.flatten(0, 1)).view_as(x_t); y_fake = ask(fake, x_t, a, s); out = []
     for recipe, *block in zip(recipes, *(v.chunk(len(recipes)) for v in (x_g, y_real, y_fake, a, s))):
         x, real, fk, al, sg = (v.flatten(0, 1) for v in block)
-        out.append(verdict(x, real, fk, fk, recipe, al[:, 0], sg[:, 0])[0].view(len(block[0]), -1))
+        term, = make_method(recipe).terms
+        out.append(term(Estimates(x, real, fk, fk, al[:, 0], sg[:, 0])).view(len(block[0]), -1))
     return torch.cat(out)
 
 def train(recipes, lrs, seeds, iters, B=BATCH, halflife=50, look=100): # yields (iteration, averaged parameters [R, ...]), R = recipes x lrs x seeds

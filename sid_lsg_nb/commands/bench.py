@@ -18,7 +18,8 @@ from ..core import EMBEDDED, InputError, atomic_write, cond_cat, cond_expand
 from ..data.prompt_stream import PromptStream
 from ..teachers.text_encoder import TextEncoder
 from ..teachers.denoiser import Denoiser, Teacher
-from ..method.steps import draw, frozen
+from ..method.sequential import generator_grad_sequential
+from ..method.steps import frozen
 from ..method.guidance import Kappa
 from ..method.schedule import DiscreteSchedule
 from ..teachers.edm import is_edm
@@ -58,24 +59,34 @@ def bare(d:Denoiser):
         with torch.autocast(x.device.type, d.autocast, enabled=d.autocast is not None, cache_enabled=False):
             return d.predict(x.to(low), t, {k: v.to(low) if v.is_floating_point() else v for k, v in cond.items()})
     return call
+
+
 def floor_calls(job:Job)->dict: # name: a function that does the calls
     "The network calls of one iteration, alone"
-    game, prompts, guided = job.game, PromptStream(job.prompts, 1).take(job.config.total_batch_size), job.game.recipe.kappa != Kappa()
-    n = draw((len(prompts), *job.teacher.latent_shape), job.teacher.schedule, game.recipe, job.dice, fake=False); cond = job.teacher.text(prompts)
-    twice = (torch.cat([n.z]*2), torch.cat([n.t]*2), cond_cat(cond_expand(game.null, len(prompts)), cond)) if guided else (n.z, n.t, cond)
-    G, F, T = (bare(d) for d in (game.generator.net, game.fake.net, game.teacher))
-    def free(*ls): [l.optimizer.zero_grad(set_to_none=True) for l in ls]
-    def full(call, args, learner): call(*args).sum().backward(); free(learner)
+    nets, text, prompts = job.nets, job.teacher.text, PromptStream(job.prompts, 1).take(job.config.total_batch_size)
+    fake, generator, cond = nets['fake'], nets['generator'], text(prompts)
+    n = job.method.draw(job.method.updates(0)[-1], (len(prompts), *job.teacher.latent_shape), job.teacher.schedule, job.rng)
+    one = twice = n.z, n.t, cond
+    if job.method.kappa != Kappa():
+        twice = torch.cat([n.z]*2), torch.cat([n.t]*2), cond_cat(cond_expand(nets.null, len(prompts)), cond)
+    G, F, T = (bare(d) for d in (generator.net, fake.net, nets.teacher))
+
+    def full(call, args, learner):
+        call(*args).sum().backward()
+        learner.discard()
+
     def through(call):
         x = twice[0].detach().requires_grad_()
-        with frozen(game.fake.net): torch.autograd.grad(call(x, *twice[1:]).sum(), x)
+        with frozen(fake.net): torch.autograd.grad(call(x, *twice[1:]).sum(), x)
+
     def look(call, args):
         with torch.no_grad(): call(*args)
-    one = (n.z, n.t, cond)
-    calls = {'text, two batches': lambda: [job.teacher.text(prompts) for _ in range(2)], 'generator draws': lambda: look(G, one), 'fake learns': lambda: full(F, twice, game.fake),
-             'generator learns': lambda: full(G, one, game.generator), 'through the teacher': lambda: through(T), 'through the fake': lambda: through(F)}
-    if game.sequential: calls |= {'generator draws again': lambda: look(G, one), 'fake is asked again': lambda: look(F, twice)}
-    return calls
+
+    calls = {'text, two batches': lambda: [text(prompts) for _ in range(2)], 'generator draws': lambda: look(G, one),
+             'fake learns': lambda: full(F, twice, fake), 'generator learns': lambda: full(G, one, generator),
+             'through the teacher': lambda: through(T), 'through the fake': lambda: through(F)}
+    again = {'generator draws again': lambda: look(G, one), 'fake is asked again': lambda: look(F, twice)}
+    return calls | (again if job.method.gradient is generator_grad_sequential else {})
 
 # %% ../../nbs/7_commands/03_bench.ipynb #89c0735a
 def clock(work, device:torch.device)->float: # seconds

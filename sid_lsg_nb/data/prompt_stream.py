@@ -6,11 +6,12 @@
 __all__ = ['read_prompts', 'PromptStream', 'drop_prompts', 'text_batches']
 
 # %% ../../nbs/3_data/01_prompt_stream.ipynb #ec4ff14a
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 import numpy as np
 import torch
-from ..core import Cond, InputError
+from ..core import InputError
+from ..method.steps import Batch, Update
 
 # %% ../../nbs/3_data/01_prompt_stream.ipynb #49cc377d
 def read_prompts(
@@ -74,18 +75,19 @@ def drop_prompts(
 # %% ../../nbs/3_data/01_prompt_stream.ipynb #5592db0d
 def text_batches(
     stream:PromptStream,
-    text, # a text encoder: prompts -> conditioning
-    batch:int, # prompts per step, of all processes together
+    text, # prompts -> `Cond`
+    batch:int, # prompts per update, of all processes together
     micro_batch:int|None=None, # at most so many at once; None: all
-    proportion_empty_prompts:float=0., # how often the fake's prompt is dropped
-    generator:torch.Generator|None=None, # draws the drops
+    proportion_empty_prompts:float=0., # how often a prompt is dropped, where the update allows it
+    rng:torch.Generator|None=None, # draws the drops
     shard:tuple=(0, 1), # this process, of so many: it takes its share of each batch
-)->Iterator[tuple[list[Cond], list[Cond]]]: # micro-batches for the fake, and for the generator
-    "Endless conditionings for `distill`, each text encoded once"
+)->Callable[[Update], list[Batch]]:
+    "The micro-batches of an update, for `distill`; each text is encoded once"
     size = batch//shard[1]
     first, micro_batch = shard[0]*size, micro_batch or size
-    encode = lambda prompts: [text(prompts[i:i + micro_batch]) for i in range(0, size, micro_batch)]
-    take = lambda: stream.take(batch, slice(first, first + size))
-    while True:
-        for_fake = drop_prompts(take(), proportion_empty_prompts, generator, first, batch)
-        yield encode(for_fake), encode(take())
+
+    def data(update:Update)->list[Batch]:
+        prompts = stream.take(batch, slice(first, first + size))
+        if update.drop_prompts: prompts = drop_prompts(prompts, proportion_empty_prompts, rng, first, batch)
+        return [Batch(text(prompts[i:i + micro_batch])) for i in range(0, size, micro_batch)]
+    return data

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin, get_ty
 from ..core import InputError, atomic_write, read_json, read_jsonl
 from ..method.guidance import Kappa
 from .checkpoint import CheckpointError, checkpoints, load_facts
-if TYPE_CHECKING: from sid_lsg_nb.method.steps import Recipe
+if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
            'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'Config',
-           'guidance_scales', 'check', 'with_gan_times', 'check_combinations', 'resolve', 'recipe_of', 'run_title',
-           'preset_from_row', 'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type',
-           'config_from_dict', 'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'teacher_shapes',
-           'count_weights', 'estimate_time', 'dry_run']
+           'guidance_scales', 'check', 'with_gan_times', 'check_combinations', 'resolve', 'recipe_of', 'lr_of',
+           'run_title', 'preset_from_row', 'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows',
+           'has_type', 'config_from_dict', 'saved_config', 'has_started', 'resume_folder', 'changed_settings',
+           'teacher_shapes', 'count_weights', 'estimate_time', 'dry_run']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def guidance_scales(config:Config)->Kappa:
 # %% ../../nbs/6_training/04_config.ipynb #175240f4
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
+    from sid_lsg_nb.method.methods import make_method
     def must(ok, text):
         if not ok: raise InputError(text)
     must(config.total_batch_size >= 0, f'total_batch_size {config.total_batch_size} must be at least 1, or 0 to have it derived from micro_batch and gradient_accumulation_steps')
@@ -127,7 +128,7 @@ def check(config:Config)->Config:
     must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_combinations(config)
     guidance_scales(config)
-    recipe_of(config, float(config.t_init or 625))                            # what the times mean is the teacher's matter
+    make_method(recipe_of(config, float(config.t_init or 625)))                           # what the times mean is the teacher's matter
     return config
 def with_gan_times(config:Config)->Config:
     "The config with what depends on the length of the run worked out"
@@ -159,12 +160,26 @@ def resolve(config:Config, world:int=1)->Config:
     return replace(with_gan_times(config), total_batch_size=batch, micro_batch=micro_batch, gradient_accumulation_steps=gradient_accumulation_steps)
 def recipe_of(config:Config, t_init:int|float, usual:tuple=(20, 980))->Recipe: # usual: the schedule's [t_min, t_max); of a table by default
     "The part of the config that the method sees"
-    from sid_lsg_nb.method.steps import Recipe
-    c, (lo, hi) = config, usual; own = {k: getattr(c, k) for k in ('alpha', 'loss_weight', 'method', 'distance', 'space', 'timestep_sampling', 'timestep_sampling_fake', 'fake_loss_weight', 'student_steps', 'renoise')}
-    return Recipe(guidance_scales(c), t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init, **own)
+    from sid_lsg_nb.method.adversary import Adversary
+    from sid_lsg_nb.method.methods import Recipe
+    from sid_lsg_nb.method.sequential import generator_grad_sequential
+    from sid_lsg_nb.method.steps import generator_grad
+    c, (lo, hi) = config, usual
+    adversary = Adversary(c.gan_layer, c.gan_weight_discriminator, weight_generator=c.gan_weight_generator,
+                          freeze_generator_until=c.gan_freeze_generator_until or 0, start=c.gan_start or 0)
+    own = {k: getattr(c, k) for k in ('alpha', 'loss_weight', 'method', 'distance', 'space', 'timestep_sampling',
+                                      'timestep_sampling_fake', 'fake_loss_weight', 'student_steps', 'renoise')}
+    times = dict(t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init)
+    gradient = generator_grad_sequential if c.sequential_gradient or c.lora != 'none' else generator_grad
+    return Recipe(kappa=guidance_scales(c), adversary=adversary if c.real_images else None, gradient=gradient, **times, **own)
+def lr_of(config:Config, role:str)->float:
+    "Learning rate of a network"
+    return config.lr if role == 'generator' else config.lr_fake
 def run_title(config:Config)->str:
     "kappa1..kappa4 and the loss, for titles"
-    k, c = guidance_scales(config), config; loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method)
+    from sid_lsg_nb.method.losses import LOSSES
+    k, c = guidance_scales(config), config
+    loss = LOSSES[c.method](c) if c.method in LOSSES else c.method
     return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}' + f', {c.student_steps} steps'*(c.student_steps > 1)
 
 # %% ../../nbs/6_training/04_config.ipynb #b09e6191
@@ -250,7 +265,7 @@ def run_folder(config:Config)->Path:
     return folder
 
 # %% ../../nbs/6_training/04_config.ipynb #ccd88018
-LOG_COLUMNS = 'nimg', 'fisher', 'loss', 'norm', 'loss_fake', 'norm_fake'
+LOG_COLUMNS = 'nimg', 'loss', 'norm'
 def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are none
     "The lines of log.jsonl that are whole"
     rows, bad = read_jsonl(file)

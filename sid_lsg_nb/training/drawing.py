@@ -20,7 +20,9 @@ def curves(rows:list[dict], file, title:str=''):
     "curves.png: a score if there is one, how far teacher and fake disagree, the losses and gradient norms, against images seen"
     score = next((k for k in ('tiny_fd', 'fid', 'fd') if any(k in r for r in rows)), None)
     scored = [r for r in rows if score in r]
-    panels = [(f'{DISAGREEMENT} (starts near 0)', ['fisher']), ('losses', ['loss', 'loss_fake']), ('gradient norms', ['norm', 'norm_fake'])]
+    losses, norms = ([k for k in rows[-1] if k[:4] == what] for what in ('loss', 'norm'))
+    panels = [(f'{DISAGREEMENT} (starts near 0)', ['fisher'])]*('fisher' in rows[-1])
+    panels += [('losses', losses), ('gradient norms', norms)]
     if scored: panels.insert(0, (f'{score} of the average', [score]))
     fig = Figure(figsize=(3.4*len(panels), 3), dpi=90)
     for ax, (name, keys) in zip(fig.subplots(1, len(panels)), panels):
@@ -31,7 +33,7 @@ def curves(rows:list[dict], file, title:str=''):
         ax.set_xlabel('images seen', fontsize=8)
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7)
-        if keys != ['loss', 'loss_fake']: ax.set_yscale('log')
+        if keys != losses: ax.set_yscale('log')
     fig.suptitle(title, fontsize=9)
     fig.tight_layout()
     with atomic_file(file) as new: fig.savefig(new)

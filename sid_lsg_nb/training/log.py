@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from accelerate import Accelerator
 from ..core import RunError, atomic_write
+from ..method.steps import DistillState
 from .distributed import Team
 from .config import Config, log_rows
 
@@ -36,10 +37,9 @@ class Log:
     @property
     def _writes(self)->bool: return self.team is None or self.team.main
 
-    def add(self, s:SimpleNamespace):
+    def add(self, s:DistillState):
         "Count one iteration in, without waiting for the device"
-        for k in ('loss', 'fisher', 'norm', 'skipped', 'dropped'): self._sums[k] += getattr(s.gen, k)
-        for k in ('loss', 'norm', 'skipped', 'dropped'): self._sums[k + '_fake'] += getattr(s.fake, k)
+        for k, v in s.logs.items(): self._sums[k] += v
         self._n += 1
         self.nimg = s.nimg
 
@@ -60,7 +60,7 @@ class Log:
         sums = {k: float(v) for k, v in self._sums.items()}
         if self.team: sums = self.team.mean(sums)
         world = self.team.world if self.team else 1
-        steps = {'norm': self._n - sums['skipped'], 'norm_fake': self._n - sums['skipped_fake']} # a skipped step has no norm
+        steps = {k: self._n - sums['skipped' + k[4:]] for k in sums if k[:4] == 'norm'} # a skipped step has no norm
         counts = {k: round(v*(world if k.startswith('drop') else 1)) for k, v in sums.items() if k[:4] in ('skip', 'drop')}
         means = {k: round(v/max(1, steps.get(k, self._n)), 6) for k, v in sums.items() if k not in counts}
         return dict(nimg=self.nimg, **means) | counts | dict(iterations=self._n)

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ..teachers.denoiser import Denoiser
-from ..method.steps import Kept
+from ..method.sequential import SavedTensorMemory
 from .distributed import precision_of
 
 # %% ../../nbs/6_training/03_memory.ipynb #050d9516
@@ -75,7 +75,7 @@ def _activations(config:str, checkpointing:bool, learns:bool)->int:
     with FakeTensorMode():
         unet = UNet2DConditionModel.from_config(json.loads(config)).requires_grad_(learns); c = unet.config
         if checkpointing: unet.enable_gradient_checkpointing()
-        side, kept = (c.sample_size,)*2 if isinstance(c.sample_size, int) else tuple(c.sample_size), Kept(unet)
+        side, kept = (c.sample_size,)*2 if isinstance(c.sample_size, int) else tuple(c.sample_size), SavedTensorMemory(unet)
         x, text = torch.empty(1, c.in_channels, *side, requires_grad=True), torch.empty(1, 77, c.cross_attention_dim)
         with kept: unet(x, torch.ones(1, dtype=torch.long), text).sample.sum().backward()
     return kept.peak

@@ -12,7 +12,6 @@ from collections import defaultdict
 # %% ../../nbs/6_training/06_monitor.ipynb #0213c3f0
 class RunningBand:
     "Running mean of a few numbers of the log, to notice when one leaves its range"
-    keys = ('fisher', 'norm', 'norm_fake')
     def __init__(self,
         factor:float=10., # so many times its mean is too much
         learn:int=10, # lines that only teach the mean
@@ -23,8 +22,9 @@ class RunningBand:
 
     def outliers(self, row:dict)->list[str]: # names of the numbers that left their range
         "Take in one line; a line with an outlier teaches nothing, nor does a 0 (a generator that is not updated)"
-        wild = [k for k in self.keys if self._is_outlier(k, row[k])]
-        for k in self.keys if not wild else ():
+        keys = [k for k in row if k == 'fisher' or k[:4] == 'norm']
+        wild = [k for k in keys if self._is_outlier(k, row[k])]
+        for k in keys if not wild else ():
             if row[k] > 0: self._learn(k, row[k])
         return wild
 
