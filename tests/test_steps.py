@@ -1,7 +1,7 @@
 """The two turns and the loop on small random U-Nets in double precision, against formulas written out in epsilon space.
 
 Three different networks, so that no accident of equality hides a mistake; double precision, so that a difference is not rounding."""
-import copy
+import copy, re
 from dataclasses import replace
 import pytest
 import torch
@@ -29,6 +29,11 @@ SD = DDIMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.0
 SCHEDULE, ABAR = DiscreteSchedule.from_scheduler(SD), SD.alphas_cumprod.double()
 KAPPAS = Kappa(1, 2., 1.3, 3.)
 GRADIENTS = [generator_grad, generator_grad_sequential]
+
+def name(what):
+    "Of a case, the same in every process: no address of an object in it"
+    if isinstance(what, dict): return ','.join(f'{k}={name(v)}' for k, v in what.items()) or 'plain'
+    return getattr(what, '__name__', None) or re.sub(r' at 0x\w+', '', str(what))
 
 def tiny_denoiser(seed):
     torch.manual_seed(seed)
@@ -194,7 +199,7 @@ MEMBERS = [dict(kappa=Kappa(), alpha=.7), dict(kappa=Kappa.lsg(1.5), alpha=.7), 
            dict(loss_weight='1-t'), dict(method='di', loss_weight='snr'),
            dict(method='sim', space='score', distance='huber-abs:1', loss_weight='none')]
 
-@pytest.mark.parametrize('what', MEMBERS, ids=str)
+@pytest.mark.parametrize('what', MEMBERS, ids=name)
 def test_sequential_and_plain_are_autograd(what):
     m = method(**dict(kappa=KAPPAS) | what)
     truth = in_one_graph(m, networks())
@@ -253,7 +258,7 @@ def flops(run):
     return counter.get_total_flops()
 
 @pytest.mark.parametrize('by_rule, what', [(11, dict(kappa=Kappa())), (18, {}), (13, dict(kappa=Kappa.long(2.))),
-    (14, dict(method='di')), (9, dict(kappa=Kappa(), method='di')), (21, dict(gradient=generator_grad_sequential))], ids=str)
+    (14, dict(method='di')), (9, dict(kappa=Kappa(), method='di')), (21, dict(gradient=generator_grad_sequential))], ids=name)
 def test_what_an_iteration_costs(by_rule, what):
     "In forwards of one network: by calls, and by PyTorch's count of operations"
     def iteration():
@@ -299,7 +304,7 @@ def both_turns(m, nets, sizes, d=NOISE):
     return rows, weights(nets)
 
 @pytest.mark.parametrize('sizes', [[1, 1, 1], [2, 1]])
-@pytest.mark.parametrize('what', [{}, dict(student_steps=4), dict(student_steps=4, gradient=generator_grad_sequential)], ids=str)
+@pytest.mark.parametrize('what', [{}, dict(student_steps=4), dict(student_steps=4, gradient=generator_grad_sequential)], ids=name)
 def test_micro_batches_change_nothing(sizes, what):
     m, before = method(**what), weights(networks())
     d = CHAINS['fresh', 2] if m.rollout.times[1:] else NOISE
@@ -410,7 +415,7 @@ def test_the_counter_counts():
     assert len(waits.seen) == 2
 
 @pytest.mark.parametrize('what, scale', [({}, None), (dict(gradient=generator_grad_sequential), None), ({}, 1024.), (dict(student_steps=4), None)],
-                         ids=str)
+                         ids=name)
 def test_no_turn_waits_for_the_device(what, scale):
     m = method(**what)
     with Waits() as waits: both_turns(m, scaled(scale) if scale else networks(), [2, 1], draw(m, 8))
@@ -497,7 +502,7 @@ def test_what_the_discriminator_reads():
     assert len(found) == 1                                                   # outside it is deaf
 
 @pytest.mark.parametrize('texts', [OTHER, None], ids=['own texts', "the batch's"])
-@pytest.mark.parametrize('kappa', [Kappa(), Kappa.lsg(2.), Kappa.zero()], ids=str)
+@pytest.mark.parametrize('kappa', [Kappa(), Kappa.lsg(2.), Kappa.zero()], ids=name)
 def test_the_discriminators_loss(kappa, texts):
     "Plain, guided (a doubled batch) and blind: value, and the gradient of every weight"
     m, nets = method(kappa=kappa, adversary=EARLY), plain_networks()
@@ -529,7 +534,7 @@ def adversarial_gradient(kappa):
     return grads(mixture, GEN_NET), grads(losses, GEN_NET), mixture.mean()
 
 @pytest.mark.parametrize('gradient', GRADIENTS)
-@pytest.mark.parametrize('kappa', [Kappa(), KAPPAS, Kappa.zero()], ids=str)
+@pytest.mark.parametrize('kappa', [Kappa(), KAPPAS, Kappa.zero()], ids=name)
 def test_the_generators_reward(kappa, gradient):
     "In one graph and network by network; before its time, the score alone; nothing reaches the fake's weights"
     wanted, alone, loss = adversarial_gradient(kappa)
