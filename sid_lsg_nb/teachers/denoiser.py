@@ -20,37 +20,46 @@ from .loading import SD_LAYOUT, open_pipeline
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #c290365b
 class Denoiser(nn.Module):
     "y = E[x_0 | x_t, cond] from a diffusers network: casts, extra channels and the prediction type end here"
+
     def __init__(self,
         net:nn.Module, # called as `predict` says
         schedule:Schedule, # levels, and what the network predicts
-        autocast:torch.dtype|None=None, # PyTorch runs the network's fast parts in this precision, the weights stay as they are
+        autocast:torch.dtype|None=None, # precision of the network's fast parts; the weights stay as they are
     ):
         super().__init__()
         self.net, self.schedule, self.autocast = net, schedule, autocast
+
     def predict(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C or more,H,W]
         "How the network is called; a network that wants to be called otherwise overrides this line"
         return self.net(x_t, t, **cond, return_dict=False)[0]
+
     def forward(self,
         x_t:Tensor, # [B,C,H,W]
         t:Tensor, # [B]
         cond:Cond, # [B, ...] each
     )->Tensor: # [B,C,H,W], float32 or better
         "The estimate of x_0"
-        low = next(self.net.parameters(), x_t).dtype                       # a network without weights of its own takes what it is given
+        # a network without weights of its own takes what it is given
+        low = next(self.net.parameters(), x_t).dtype
         high = torch.promote_types(x_t.dtype, torch.float32)
         cond = cond_map(lambda v: v.to(low) if v.is_floating_point() else v, cond)
-        with torch.autocast(x_t.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):   # each weight is used once
+        on = self.autocast is not None
+        with torch.autocast(x_t.device.type, self.autocast, enabled=on, cache_enabled=False): # each weight is used once
             pred = self.predict(x_t.to(low), t, cond)[:, :x_t.shape[1]]
         return self.schedule.to_x0(pred.to(high), x_t.to(high), t)
+
     def copy(self)->'Denoiser':
         "An independent copy of the network with gradients on; the schedule is shared"
         return self.with_net(copy.deepcopy(self.net).requires_grad_(True))
+
     def with_net(self, net:nn.Module)->'Denoiser':
         "The same border around another network"
         return type(self)(net, self.schedule, self.autocast)
+
     def empty_net(self)->nn.Module:
         "An untrained network of the same make, from its config"
-        make = next(c for c in type(self.net).__mro__ if not c.__name__.startswith('FSDP'))          # a sliced network has changed its class
+        # a sliced network has changed its class
+        make = next(c for c in type(self.net).__mro__ if not c.__name__.startswith('FSDP'))
         return make.from_config(dict(self.net.config))
 
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #e7a90641
@@ -67,23 +76,32 @@ class Teacher:
     def schedule(self)->DiscreteSchedule: return self.denoiser.schedule
     @property
     def device(self)->torch.device: return self.text.model.device
+
     @property
     def latent_shape(self)->tuple: # (C, H, W)
         "Shape of one latent, from the UNet's config"
-        c = self.denoiser.net.config; s = c.sample_size
+        c = self.denoiser.net.config
+        s = c.sample_size
         return (c.in_channels, *((s, s) if isinstance(s, int) else s))
+
     def make_scheduler(self):
-        "The diffusers scheduler of its own many-step sampling: a fresh DPM-Solver++, which leaves out a last row that cannot be asked"
+        "A fresh DPM-Solver++ for its own many-step sampling; leaves out a last row that cannot be asked"
         whole = self.schedule.x0_defined_until == len(self.schedule)
-        return DPMSolverMultistepScheduler.from_config(self.pipe.scheduler.config, **({} if whole else dict(timestep_spacing='leading', steps_offset=0)))
+        return DPMSolverMultistepScheduler.from_config(
+            self.pipe.scheduler.config, **({} if whole else dict(timestep_spacing='leading', steps_offset=0))
+        )
+
     def scheduler_time(self, k:Tensor)->Tensor:
         "The schedule's time of one of the solver's timesteps"
         return k
+
     def check_guidance(self, kappa): # the `Kappa` of a run
         "Raise `InputError` for guidance that the network cannot give; this kind can give any"
+
     def check_t_init(self, t_init): # the generator's time
-        "Raise `InputError` for a generator that could not be saved or asked; this kind starts wherever the network says something about x_0"
+        "Raise `InputError` for a generator that could not start there: the network must say something about x_0"
         self.schedule.check_x0_defined(t_init)
+
     @torch.no_grad()
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
         "Latents to pictures"
@@ -92,12 +110,15 @@ class Teacher:
         pixels = self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
         if self.vae_offload_device: self.vae.to(self.vae_offload_device)
         return pixels
+
     @torch.no_grad()
     def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
         "Pictures to latents: the mean of the VAE's posterior, undone by `decode`"
         if self.vae_offload_device: self.vae.to(pixels.device)
         said = self.vae.encode(pixels.to(next(self.vae.parameters()).dtype))
-        latents = (said.latent_dist.mean if hasattr(said, 'latent_dist') else said.latent).float()*self.vae.config.scaling_factor
+        latents = (
+            said.latent_dist.mean if hasattr(said, 'latent_dist') else said.latent
+        ).float()*self.vae.config.scaling_factor
         if self.vae_offload_device: self.vae.to(self.vae_offload_device)
         return latents
 
@@ -110,10 +131,21 @@ def find_pipeline(
     if path == 'embedded': return str(EMBEDDED/'teacher')
     folder = Path(path).expanduser()
     if (folder/'model_index.json').is_file(): return str(folder)
-    if folder.is_dir(): raise InputError(f'teacher {path!r} is a folder but no diffusers pipeline (no model_index.json); give the folder that holds unet/, vae/ and text_encoder/')
-    if folder.is_file(): raise InputError(f'teacher {path!r} is a file, and a pipeline folder is needed here; give one, or make one with StableDiffusionPipeline.from_single_file(...).save_pretrained(DIR)')
+    if folder.is_dir():
+        raise InputError(
+            f'teacher {path!r} is a folder but no diffusers pipeline (no model_index.json); give the folder '
+            'that holds unet/, vae/ and text_encoder/'
+        )
+    if folder.is_file():
+        raise InputError(
+            f'teacher {path!r} is a file, and a pipeline folder is needed here; give one, or make one with '
+            'StableDiffusionPipeline.from_single_file(...).save_pretrained(DIR)'
+        )
     if path.count('/') != 1 or path.startswith(('.', '/', '~')):
-        raise InputError(f'teacher {path!r} does not exist; give "embedded", a diffusers pipeline folder or a hub id such as owner/name')
+        raise InputError(
+            f'teacher {path!r} does not exist; give "embedded", a diffusers pipeline folder or a hub id '
+            'such as owner/name'
+        )
     return path
 
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #b8500070
@@ -126,13 +158,23 @@ def pipeline_class(
         named = StableDiffusionPipeline.load_config(where)['_class_name']
         return named if isinstance(named, str) else str(named[-1])         # with code of its own it is a list
     except (OSError, KeyError, ValueError, TypeError, IndexError) as e:
-        if Path(where).is_dir(): raise InputError(f'teacher {path!r} has a model_index.json that cannot be read; save the pipeline again with save_pretrained') from e
-        raise InputError(f'teacher {path!r} is no folder here and could not be fetched from the hub; check the spelling, '
-                         f'or download it where there is a network (hf download {path}) and give the folder') from e
+        if Path(where).is_dir():
+            raise InputError(
+                f'teacher {path!r} has a model_index.json that cannot be read; save the pipeline again with '
+                'save_pretrained'
+            ) from e
+        raise InputError(
+            f'teacher {path!r} is no folder here and could not be fetched from the hub; check the spelling, '
+            f'or download it where there is a network (hf download {path}) and give the folder'
+        ) from e
+
 def check_class(where:str, path:str): # as in `pipeline_class`
     "Raise `InputError` unless the pipeline is a StableDiffusionPipeline"
     if (found := pipeline_class(where, path)) != 'StableDiffusionPipeline':
-        raise InputError(f'teacher {path!r} is a {found}; only StableDiffusionPipeline (Stable Diffusion 1.x, 2.x and relatives) is supported here')
+        raise InputError(
+            f'teacher {path!r} is a {found}; only StableDiffusionPipeline (Stable Diffusion 1.x, 2.x and '
+            'relatives) is supported here'
+        )
 
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #38bdce94
 def check_parts(
@@ -140,18 +182,41 @@ def check_parts(
     path:str, # for the message
 ):
     "Raise `InputError` when tokenizer, text encoder, UNet and VAE do not fit together"
-    text, unet, vae, length = pipe.text_encoder.config, pipe.unet.config, pipe.vae.config, pipe.tokenizer.model_max_length
+    text, unet, vae, length = (
+        pipe.text_encoder.config,
+        pipe.unet.config,
+        pipe.vae.config,
+        pipe.tokenizer.model_max_length,
+    )
     def need(fits, what):
-        if not fits: raise InputError(f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model')
-    need(text.hidden_size == unet.cross_attention_dim,
-         f'the text encoder gives {text.hidden_size} numbers per token, the UNet reads {unet.cross_attention_dim} (cross_attention_dim)')
-    need(vae.latent_channels == unet.in_channels,
-         f'the VAE has {vae.latent_channels} latent channels, the UNet takes {unet.in_channels} (an inpainting model takes more)')
-    need(unet.out_channels == unet.in_channels,
-         f'the UNet takes {unet.in_channels} channels and answers {unet.out_channels}, of which stock schedulers can use {unet.in_channels}')
-    need(length <= text.max_position_embeddings,
-         f'the tokenizer makes up to {length:.5g} tokens, the text encoder reads {text.max_position_embeddings} (are the tokenizer files missing?)')
-    need(len(pipe.tokenizer) <= text.vocab_size, f'the tokenizer has {len(pipe.tokenizer)} tokens, the text encoder knows {text.vocab_size}')
+        if not fits:
+            raise InputError(
+                f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model'
+            )
+    need(
+        text.hidden_size == unet.cross_attention_dim,
+        f'the text encoder gives {text.hidden_size} numbers per token, the UNet reads '
+        f'{unet.cross_attention_dim} (cross_attention_dim)',
+    )
+    need(
+        vae.latent_channels == unet.in_channels,
+        f'the VAE has {vae.latent_channels} latent channels, the UNet takes {unet.in_channels} (an '
+        'inpainting model takes more)',
+    )
+    need(
+        unet.out_channels == unet.in_channels,
+        f'the UNet takes {unet.in_channels} channels and answers {unet.out_channels}, of which stock '
+        f'schedulers can use {unet.in_channels}',
+    )
+    need(
+        length <= text.max_position_embeddings,
+        f'the tokenizer makes up to {length:.5g} tokens, the text encoder reads '
+        f'{text.max_position_embeddings} (are the tokenizer files missing?)',
+    )
+    need(
+        len(pipe.tokenizer) <= text.vocab_size,
+        f'the tokenizer has {len(pipe.tokenizer)} tokens, the text encoder knows {text.vocab_size}',
+    )
 
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #a80e730c
 def sd_teacher(
@@ -165,11 +230,17 @@ def sd_teacher(
     schedule = DiscreteSchedule.from_scheduler(pipe.scheduler)
     pipe.set_progress_bar_config(disable=True)
     nn.ModuleList([pipe.unet, pipe.vae, pipe.text_encoder]).to(device, dtype).eval().requires_grad_(False)
-    return Teacher(Denoiser(pipe.unet, schedule), TextEncoder(pipe.tokenizer, pipe.text_encoder), pipe.vae, pipe, str(path))
+    return Teacher(
+        Denoiser(pipe.unet, schedule),
+        TextEncoder(pipe.tokenizer, pipe.text_encoder),
+        pipe.vae,
+        pipe,
+        str(path),
+    )
 
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #5d92cdf1
 def load_sd(
-    path='embedded', # "embedded", a diffusers Stable Diffusion folder, a hub id, or a `Teacher` that is open already
+    path='embedded', # "embedded", a Stable Diffusion folder, a hub id, or a `Teacher` that is open already
     device='cpu', # where it lives; "meta": without weights, to see whether it can be opened
     dtype:torch.dtype=torch.float32, # of all weights
     prediction_type:str='', # epsilon, v_prediction or sample, where the scheduler's config is wrong about it

@@ -41,10 +41,14 @@ def scalings(
 # %% ../../nbs/2_teachers/09_edm.ipynb #376d8bf5
 class EDMPrecond(nn.Module):
     "D(x; sigma, class) of EDM: `model` inside the preconditioning (2206.00364, eq. 7)"
+
     def __init__(self,
         model:nn.Module, # called as model(c_in x, c_noise, class_labels=, augment_labels=)
         config:dict, # what it was made from: see `edm_from_config`
-    ): super().__init__(); self.model, self.config = model, config
+    ):
+        super().__init__()
+        self.model, self.config = model, config
+
     def forward(self,
         x:Tensor, # noisy pictures [B,C,H,W]
         sigma:Tensor, # their noise levels [B]
@@ -54,12 +58,16 @@ class EDMPrecond(nn.Module):
         "c_skip x + c_out F(c_in x, c_noise)"
         c_skip, c_out, c_in, c_noise = scalings(sigma.to(x.dtype), self.config.get('sigma_data', .5))
         low = next(self.model.parameters(), x).dtype
-        out = self.model((expand_like(c_in, x)*x).to(low), c_noise, class_labels=class_labels, augment_labels=augment_labels)
+        out = self.model(
+            (expand_like(c_in, x)*x).to(low), c_noise, class_labels=class_labels, augment_labels=augment_labels
+        )
         return expand_like(c_skip, x)*x + expand_like(c_out, x)*out.to(x.dtype)
+
     @property
     def classes(self)->int: return self.config.get('label_dim', 0)
     @property
     def is_gradient_checkpointing(self)->bool: return self.model.is_gradient_checkpointing
+
     def enable_gradient_checkpointing(self):
         "Recompute activations in the backward pass"
         self.model.enable_gradient_checkpointing()
@@ -67,36 +75,57 @@ class EDMPrecond(nn.Module):
 # %% ../../nbs/2_teachers/09_edm.ipynb #6b6ac985
 class ResampledConv2d(nn.Conv2d):
     "A convolution with a filter that halves or doubles the side"
+
     def __init__(self, cin:int, cout:int, kernel:int,
         move:str, # down or up
         taps, # of the filter in one direction, an even number of them
         after:bool=False, # the filter comes after the convolution (down only)
     ):
         super().__init__(cin, cout, kernel, padding=kernel//2)
-        f = torch.as_tensor(taps, dtype=torch.float32); f = f/f.sum()
+        f = torch.as_tensor(taps, dtype=torch.float32)
+        f = f/f.sum()
         self.move, self.after = move, after
         self.register_buffer('resample_filter', torch.outer(f, f)[None, None])
+
     def forward(self, x:Tensor)->Tensor:
-        f = self.resample_filter.to(x.dtype); pad = (f.shape[-1] - 1)//2
+        f = self.resample_filter.to(x.dtype)
+        pad = (f.shape[-1] - 1)//2
         if self.after:
             x = F.conv2d(x, self.weight, self.bias, padding=self.padding[0] + pad)
             return F.conv2d(x, f.repeat(x.shape[1], 1, 1, 1), stride=2, groups=x.shape[1])
-        each = f.repeat(x.shape[1], 1, 1, 1); how = dict(stride=2, padding=pad, groups=x.shape[1])
-        return super().forward(F.conv2d(x, each, **how) if self.move == 'down' else F.conv_transpose2d(x, 4*each, **how))
+        each = f.repeat(x.shape[1], 1, 1, 1)
+        how = dict(stride=2, padding=pad, groups=x.shape[1])
+        return super().forward(
+            F.conv2d(x, each, **how) if self.move == 'down' else F.conv_transpose2d(x, 4*each, **how)
+        )
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #47d21fc0
 class PositionalEmbedding(nn.Module):
     "sin and cos of c_noise at `channels`/2 frequencies from 1 to 1e-4"
-    def __init__(self, channels:int): super().__init__(); self.half = channels//2
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.half = channels//2
+
     def forward(self, c_noise:Tensor)->Tensor: # [B] -> [B, channels]
-        phase = c_noise[:, None]*1e-4**(torch.arange(self.half, device=c_noise.device, dtype=c_noise.dtype)/(self.half - 1))
+        phase = c_noise[:, None]*1e-4**(
+            torch.arange(self.half, device=c_noise.device, dtype=c_noise.dtype)/(self.half - 1)
+        )
         return torch.cat([phase.sin(), phase.cos()], 1)
+
 class FourierEmbedding(nn.Module):
     "sin and cos of c_noise at random frequencies, which stay in the precision they came in"
-    def __init__(self, channels:int): super().__init__(); self.register_buffer('freqs', torch.randn(channels//2)*16)
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer('freqs', torch.randn(channels//2)*16)
+
     def _apply(self, fn, recurse=True):
-        exact = self.freqs; super()._apply(fn, recurse); self.freqs = exact.to(self.freqs.device)
+        exact = self.freqs
+        super()._apply(fn, recurse)
+        self.freqs = exact.to(self.freqs.device)
         return self
+
     def forward(self, c_noise:Tensor)->Tensor: # [B] -> [B, channels]
         phase = c_noise[:, None]*(2*math.pi*self.freqs.to(c_noise.dtype))
         return torch.cat([phase.sin(), phase.cos()], 1)
@@ -107,19 +136,41 @@ def self_attention(
 )->Tensor: # [B, C, H, W]
     "softmax(q k / sqrt(C)) v over all pixels, one head"
     b, c, h, w = qkv.shape
-    q, k, v = qkv.reshape(b, c//3, 3, h*w).permute(2, 0, 3, 1).contiguous()                    # [B, pixels, C] each
+    # [B, pixels, C] each
+    q, k, v = qkv.reshape(b, c//3, 3, h*w).permute(2, 0, 3, 1).contiguous()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, c//3, h, w)
+
 def group_norm(channels:int)->nn.GroupNorm: return nn.GroupNorm(min(32, channels//4), channels, eps=1e-6)
+
 class UNetBlock(nn.Module):
     "A residual block, with resampling or attention if asked for"
-    def __init__(self, cin:int, cout:int, emb:int, move:str='', attention:bool=False, dropout:float=0., taps=(1, 1)):
+
+    def __init__(self,
+        cin:int, cout:int, emb:int, # channels in and out, width of the embedding
+        move:str='', # down or up
+        attention:bool=False,
+        dropout:float=0.,
+        taps=(1, 1), # of the resampling filter
+    ):
         super().__init__()
-        conv = lambda c, k: ResampledConv2d(c, cout, k, move, taps) if move else nn.Conv2d(c, cout, k, padding=k//2)
+        conv = lambda c, k: (
+            ResampledConv2d(c, cout, k, move, taps) if move else nn.Conv2d(c, cout, k, padding=k//2)
+        )
         self.norm0, self.conv0, self.affine = group_norm(cin), conv(cin, 3), nn.Linear(emb, cout)
-        self.norm1, self.dropout, self.conv1 = group_norm(cout), nn.Dropout(dropout), nn.Conv2d(cout, cout, 3, padding=1)
+        self.norm1, self.dropout, self.conv1 = (
+            group_norm(cout),
+            nn.Dropout(dropout),
+            nn.Conv2d(cout, cout, 3, padding=1),
+        )
         self.skip = conv(cin, 1) if move or cin != cout else None
-        if attention: self.norm2, self.qkv, self.proj = group_norm(cout), nn.Conv2d(cout, 3*cout, 1), nn.Conv2d(cout, cout, 1)
+        if attention:
+            self.norm2, self.qkv, self.proj = (
+                group_norm(cout),
+                nn.Conv2d(cout, 3*cout, 1),
+                nn.Conv2d(cout, cout, 1),
+            )
         self.attention = attention
+
     def forward(self, x:Tensor, e:Tensor)->Tensor: # [B,cin,H,W], [B,emb] -> [B,cout,H',W']
         h = self.conv0(F.silu(self.norm0(x))) + self.affine(e)[:, :, None, None]
         h = self.conv1(self.dropout(F.silu(self.norm1(h))))
@@ -136,57 +187,108 @@ class UNetPart:
     move:str = '' # down or up
     attention:bool = False
     joins:bool = False # takes in a picture from the encoder
+
 def song_layers(side:int, colors:int, width:int, mults, blocks:int, attend_at, residual:bool)->tuple[dict[str, UNetPart], dict[str, UNetPart]]:
     "Encoder and decoder of a DDPM++ (`residual` False) or NCSN++ network, by the names of their parts"
     enc, dec, c, aux = {}, {}, width, colors
     for level, m in enumerate(mults):
-        at = f'{side >> level}x{side >> level}'; sees = side >> level in attend_at
-        enc |= {f'{at}_conv': UNetPart('conv', colors, c)} if level == 0 else {f'{at}_down': UNetPart('block', c, c, 'down')}
-        if level and residual: enc[f'{at}_aux_residual'] = UNetPart('residual', aux, c, 'down'); aux = c
-        for i in range(blocks): enc[f'{at}_block{i}'] = UNetPart('block', c if i == 0 else width*m, width*m, attention=sees)
+        at = f'{side >> level}x{side >> level}'
+        sees = side >> level in attend_at
+        enc |= (
+            {f'{at}_conv': UNetPart('conv', colors, c)}
+            if level == 0
+            else {f'{at}_down': UNetPart('block', c, c, 'down')}
+        )
+        if level and residual:
+            enc[f'{at}_aux_residual'] = UNetPart('residual', aux, c, 'down')
+            aux = c
+        for i in range(blocks):
+            enc[f'{at}_block{i}'] = UNetPart('block', c if i == 0 else width*m, width*m, attention=sees)
         c = width*m
     kept = [p.cout for p in enc.values() if p.kind != 'residual']
     for level in reversed(range(len(mults))):
-        at = f'{side >> level}x{side >> level}'; sees = side >> level in attend_at
+        at = f'{side >> level}x{side >> level}'
+        sees = side >> level in attend_at
         bottom = {f'{at}_in0': UNetPart('block', c, c, attention=True), f'{at}_in1': UNetPart('block', c, c)}
         dec |= bottom if level == len(mults) - 1 else {f'{at}_up': UNetPart('block', c, c, 'up')}
         for i in range(blocks + 1):
             cin, c = c + kept.pop(), width*mults[level]
             dec[f'{at}_block{i}'] = UNetPart('block', cin, c, attention=sees and i == blocks, joins=True)
-    return enc, dec | {f'{side}x{side}_aux_norm': UNetPart('norm', c, c), f'{side}x{side}_aux_conv': UNetPart('conv', c, colors)}
+    return enc, dec | {
+        f'{side}x{side}_aux_norm': UNetPart('norm', c, c),
+        f'{side}x{side}_aux_conv': UNetPart('conv', c, colors),
+    }
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #1153a9ad
 class SongUNet(nn.Module):
     "DDPM++ and NCSN++ as trained by EDM; parameters and buffers carry the published names"
+
     def __init__(self, img_resolution:int, in_channels:int, label_dim:int=0, augment_dim:int=0, model_channels:int=128, channel_mult=(1, 2, 2, 2),
                  channel_mult_emb:int=4, num_blocks:int=4, attn_resolutions=(16,), dropout:float=.1, label_dropout:float=0., embedding_type:str='positional',
                  channel_mult_noise:int=1, encoder_type:str='standard', decoder_type:str='standard', resample_filter=(1, 1)):
         super().__init__()
         noise, emb = model_channels*channel_mult_noise, model_channels*channel_mult_emb
-        self.map_noise = PositionalEmbedding(noise) if embedding_type == 'positional' else FourierEmbedding(noise)
+        self.map_noise = (
+            PositionalEmbedding(noise) if embedding_type == 'positional' else FourierEmbedding(noise)
+        )
         self.map_label = nn.Linear(label_dim, noise) if label_dim else None
         self.map_augment = nn.Linear(augment_dim, noise, bias=False) if augment_dim else None
         self.map_layer0, self.map_layer1 = nn.Linear(noise, emb), nn.Linear(emb, emb)
-        self.parts = song_layers(img_resolution, in_channels, model_channels, channel_mult, num_blocks, attn_resolutions, encoder_type == 'residual')
-        make = dict(conv=lambda p: nn.Conv2d(p.cin, p.cout, 3, padding=1), norm=lambda p: group_norm(p.cin),
-                    residual=lambda p: ResampledConv2d(p.cin, p.cout, 3, p.move, resample_filter, after=True),
-                    block=lambda p: UNetBlock(p.cin, p.cout, emb, p.move, p.attention, dropout, resample_filter))
-        self.enc, self.dec = (nn.ModuleDict({name: make[p.kind](p) for name, p in parts.items()}) for parts in self.parts)
+        self.parts = song_layers(
+            img_resolution,
+            in_channels,
+            model_channels,
+            channel_mult,
+            num_blocks,
+            attn_resolutions,
+            encoder_type == 'residual',
+        )
+        make = dict(
+            conv=lambda p: nn.Conv2d(p.cin, p.cout, 3, padding=1),
+            norm=lambda p: group_norm(p.cin),
+            residual=lambda p: ResampledConv2d(p.cin, p.cout, 3, p.move, resample_filter, after=True),
+            block=lambda p: UNetBlock(p.cin, p.cout, emb, p.move, p.attention, dropout, resample_filter),
+        )
+        self.enc, self.dec = (
+            nn.ModuleDict({name: make[p.kind](p) for name, p in parts.items()}) for parts in self.parts
+        )
         self.is_gradient_checkpointing = False
+
     def enable_gradient_checkpointing(self): self.is_gradient_checkpointing = True
-    def embed(self, c_noise:Tensor, class_labels:Tensor|None, augment_labels:Tensor|None)->Tensor: # [B] -> [B, emb]
+
+    def embed(self,
+        c_noise:Tensor, # [B]
+        class_labels:Tensor|None, # [B, classes]
+        augment_labels:Tensor|None, # [B, 9]
+    )->Tensor: # [B, emb]
         "What the blocks are told about noise level and class"
-        low = self.map_layer0.weight.dtype; e = self.map_noise(c_noise).to(low)
+        low = self.map_layer0.weight.dtype
+        e = self.map_noise(c_noise).to(low)
         if self.map_label is not None:
             n = self.map_label.in_features
-            e = e + self.map_label((e.new_zeros(1, n) if class_labels is None else class_labels.to(low))*math.sqrt(n))
-        if self.map_augment is not None and augment_labels is not None: e = e + self.map_augment(augment_labels.to(low))
+            e = e + self.map_label(
+                (e.new_zeros(1, n) if class_labels is None else class_labels.to(low))*math.sqrt(n)
+            )
+        if self.map_augment is not None and augment_labels is not None:
+            e = e + self.map_augment(augment_labels.to(low))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(e))))
+
     def run(self, part:UNetPart, layer:nn.Module, x:Tensor, e:Tensor)->Tensor: # -> what the part makes of x
         if part.kind == 'conv': return layer(x)
         if part.kind == 'norm': return F.silu(layer(x))
-        return checkpoint(layer, x, e, use_reentrant=False) if self.is_gradient_checkpointing and torch.is_grad_enabled() else layer(x, e)
-    def forward(self, x:Tensor, c_noise:Tensor, class_labels:Tensor|None=None, augment_labels:Tensor|None=None)->Tensor: # [B,C,H,W], [B] -> [B,C,H,W]
+        return (
+            checkpoint(layer, x, e, use_reentrant=False)
+            if self.is_gradient_checkpointing and torch.is_grad_enabled()
+            else layer(x, e)
+        )
+
+    def forward(self,
+        x:Tensor, # [B,C,H,W]
+        c_noise:Tensor, # [B]
+        class_labels:Tensor|None=None, # [B, classes]
+        augment_labels:Tensor|None=None, # [B, 9]
+    )->Tensor: # [B,C,H,W]
+        "The network's answer F"
         e, kept, aux = self.embed(c_noise, class_labels, augment_labels), [], x
         for name, part in self.parts[0].items():
             if part.kind == 'residual': x = kept[-1] = aux = math.sqrt(.5)*(x + self.enc[name](aux))
@@ -196,52 +298,129 @@ class SongUNet(nn.Module):
         return x
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #8c7ac7b0
-ARCHS = dict(ddpmpp=dict(embedding_type='positional', encoder_type='standard', decoder_type='standard', channel_mult_noise=1, resample_filter=[1, 1]),
-             ncsnpp=dict(embedding_type='fourier', encoder_type='residual', decoder_type='standard', channel_mult_noise=2, resample_filter=[1, 3, 3, 1]))
+ARCHS = dict(
+    ddpmpp=dict(
+        embedding_type='positional',
+        encoder_type='standard',
+        decoder_type='standard',
+        channel_mult_noise=1,
+        resample_filter=[1, 1],
+    ),
+    ncsnpp=dict(
+        embedding_type='fourier',
+        encoder_type='residual',
+        decoder_type='standard',
+        channel_mult_noise=2,
+        resample_filter=[1, 3, 3, 1],
+    ),
+)
+
 def cifar10_config(arch:str='ddpmpp', classes:int=0)->dict: # for `edm_from_config`
     "EDM's networks for CIFAR-10; raises `InputError` for another arch than ddpmpp and ncsnpp"
     if arch not in ARCHS: raise InputError(f'arch {arch!r} is not known; use one of {", ".join(ARCHS)}')
-    return dict(model_type='SongUNet', img_resolution=32, img_channels=3, label_dim=classes, augment_dim=9, model_channels=128, channel_mult=[2, 2, 2],
-                channel_mult_emb=4, num_blocks=4, attn_resolutions=[16], dropout=.13, label_dropout=0, sigma_data=.5, **ARCHS[arch])
+    return dict(
+        model_type='SongUNet',
+        img_resolution=32,
+        img_channels=3,
+        label_dim=classes,
+        augment_dim=9,
+        model_channels=128,
+        channel_mult=[2, 2, 2],
+        channel_mult_emb=4,
+        num_blocks=4,
+        attn_resolutions=[16],
+        dropout=0.13,
+        label_dropout=0,
+        sigma_data=0.5,
+        **ARCHS[arch],
+    )
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #9b194d31
-MAX_SIZES = dict(img_resolution=1024, img_channels=16, label_dim=1 << 16, augment_dim=1024, model_channels=2048, channel_mult=16, channel_mult_emb=16,
-             num_blocks=32, attn_resolutions=1024, channel_mult_noise=16, resample_filter=64)             # and no larger
-ALLOWED_WORDS = dict(embedding_type=('positional', 'fourier'), encoder_type=('standard', 'residual'), decoder_type=('standard',))
-UNUSED_ENTRIES = ('use_fp16', 'sigma_min', 'sigma_max')                 # of the official EDMPrecond: no part of the function
+MAX_SIZES = dict(
+    img_resolution=1024,
+    img_channels=16,
+    label_dim=1 << 16,
+    augment_dim=1024,
+    model_channels=2048,
+    channel_mult=16,
+    channel_mult_emb=16,
+    num_blocks=32,
+    attn_resolutions=1024,
+    channel_mult_noise=16,
+    resample_filter=64,
+)  # and no larger
+ALLOWED_WORDS = dict(
+    embedding_type=('positional', 'fourier'),
+    encoder_type=('standard', 'residual'),
+    decoder_type=('standard',),
+)
+# of the official EDMPrecond: no part of the function
+UNUSED_ENTRIES = ('use_fp16', 'sigma_min', 'sigma_max')
+
 def check_edm_config(config:dict)->dict: # without what has no effect
     "Raise `InputError` unless it describes a network of EDM's family that can be built here"
     kind = config.get('model_type', 'DhariwalUNet')
-    if kind != 'SongUNet': raise InputError(f'has a network of type {str(kind)[:40]!r}; only SongUNet (DDPM++ and NCSN++: CIFAR-10, FFHQ, AFHQ) can be read')
+    if kind != 'SongUNet':
+        raise InputError(
+            f'has a network of type {str(kind)[:40]!r}; only SongUNet (DDPM++ and NCSN++: CIFAR-10, FFHQ, '
+            'AFHQ) can be read'
+        )
     config = {k: v for k, v in config.items() if k not in UNUSED_ENTRIES}
     def fits(k, v):
-        if k in MAX_SIZES: return all(type(n) is int and 0 <= n <= MAX_SIZES[k] for n in (v if type(v) in (list, tuple) and 0 < len(v) <= 8 else [v]))
+        if k in MAX_SIZES:
+            return all(
+                type(n) is int and 0 <= n <= MAX_SIZES[k]
+                for n in (v if type(v) in (list, tuple) and 0 < len(v) <= 8 else [v])
+            )
         if k in ALLOWED_WORDS: return v in ALLOWED_WORDS[k]
-        return k == 'model_type' or k in ('dropout', 'label_dropout', 'sigma_data') and type(v) in (int, float) and 0 <= v <= 1
+        return (
+            k == 'model_type'
+            or k in ('dropout', 'label_dropout', 'sigma_data')
+            and type(v) in (int, float)
+            and 0 <= v <= 1
+        )
     odd = [str(k)[:40] for k, v in config.items() if not fits(k, v)]
     lacks = [k for k in ('img_resolution', 'img_channels') if k not in config]
-    if odd or lacks: raise InputError(f'has a config that is not one of EDM\'s ({f"lacks {lacks}" if lacks else f"cannot be used: {odd[:5]}"})')
+    if odd or lacks:
+        raise InputError(
+            'has a config that is not one of EDM\'s '
+            f'({f"lacks {lacks}" if lacks else f"cannot be used: {odd[:5]}"})'
+        )
     return config
+
 def song_unet(config:dict)->EDMPrecond:
-    "EDM's network of a config, untrained (PyTorch's usual random weights); raises `InputError` for a config that is none"
-    c = check_edm_config(config); inner = {k: v for k, v in c.items() if k not in ('model_type', 'img_channels', 'sigma_data')}
-    try: return EDMPrecond(SongUNet(in_channels=c['img_channels'], **inner), c)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e: raise InputError(f'has a config of which no network can be built ({str(e)[:80]!r})') from e
+    "EDM's network of a config, with random weights; raises `InputError` for a config that is none"
+    c = check_edm_config(config)
+    inner = {k: v for k, v in c.items() if k not in ('model_type', 'img_channels', 'sigma_data')}
+    try:
+        return EDMPrecond(SongUNet(in_channels=c['img_channels'], **inner), c)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as e:
+        raise InputError(f'has a config of which no network can be built ({str(e)[:80]!r})') from e
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #f230a638
 class KarrasSchedule(EDMSchedule):
-    "x_t = x_0 + sigma eps with sigma = karras(t/1000): time counts along EDM's noise levels (2206.00364 eq. 5; SiD 2404.04057)"
+    "x_t = x_0 + sigma eps, sigma = karras(t/1000): time counts along EDM's noise levels (2206.00364 eq. 5)"
     default_range = 0, 800 # SiD's u < .8
-    def __init__(self, lo:float=.002, hi:float=80., rho:float=7.): super().__init__(); self.lo, self.hi, self.rho = lo, hi, rho
+
+    def __init__(self, lo: float = 0.002, hi: float = 80.0, rho: float = 7.0):
+        super().__init__()
+        self.lo, self.hi, self.rho = lo, hi, rho
+
     def __len__(self): return 1000
-    def alpha(self, t:Tensor)->Tensor: return torch.ones(t.shape, device=t.device, dtype=widest_float(t.device))
-    def sigma(self, t:Tensor)->Tensor: return karras_sigma(t.to(widest_float(t.device))/len(self), self.lo, self.hi, self.rho)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones(t.shape, device=t.device, dtype=widest_float(t.device))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return karras_sigma(t.to(widest_float(t.device))/len(self), self.lo, self.hi, self.rho)
+
     def sigma_to_t(self, sigma:float)->float: # 499.3 for 2.5
         "The time of a level; not rounded, times are continuous here"
         lo, hi, now = (s**(1/self.rho) for s in (self.lo, self.hi, sigma))
         return len(self)*(now - lo)/(hi - lo)
-    def sample_time(self, n:int, t_min:float=default_range[0], t_max:float=default_range[1], generator=None, device='cpu', sampling:str='uniform')->Tensor:
-        "n times, uniform on [t_min, t_max) (the default is SiD's law of the generator's step), or by another of `TIMESTEP_SAMPLINGS`"
+
+    def sample_time(self, n:int, t_min:float=default_range[0], t_max:float=default_range[1], generator=None, device='cpu', law:str='uniform')->Tensor:
+        "n times, uniform on [t_min, t_max) (SiD's choice for the generator's step), or by another of `TIMESTEP_SAMPLINGS`"
         check_time_range(t_min, t_max, 0, len(self))
         if sampling != 'uniform': return sample_time_from(self, sampling, n, t_min, t_max, generator, device)
         return t_min + (t_max - t_min)*torch.rand(n, generator=generator, device=device)
@@ -249,7 +428,10 @@ class KarrasSchedule(EDMSchedule):
 # %% ../../nbs/2_teachers/09_edm.ipynb #72bcce9e
 class EDMDenoiser(Denoiser):
     "y = E[x_0 | x_t, class] from an `EDMPrecond`, which does its own casts"
-    def predict(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: return self.net(x_t, self.schedule.sigma(t).to(x_t.dtype), **cond)
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.net(x_t, self.schedule.sigma(t).to(x_t.dtype), **cond)
+
     def forward(self,
         x_t:Tensor, # [B,C,H,W]
         t:Tensor, # [B], a time of the schedule
@@ -257,33 +439,51 @@ class EDMDenoiser(Denoiser):
     )->Tensor: # [B,C,H,W], float32 or better
         "The estimate of x_0"
         x = x_t.to(torch.promote_types(x_t.dtype, torch.float32))
-        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+        on = self.autocast is not None
+        with torch.autocast(x.device.type, self.autocast, enabled=on, cache_enabled=False):
             return self.predict(x, t, cond)
+
     def copy(self)->'EDMDenoiser':
         "An independent copy with gradients on; not for the map of the augment labels, which are never given"
         new = super().copy()
-        if getattr(new.net.model, 'map_augment', None) is not None: new.net.model.map_augment.requires_grad_(False)
+        if getattr(new.net.model, 'map_augment', None) is not None:
+            new.net.model.map_augment.requires_grad_(False)
         return new
+
     def empty_net(self)->EDMPrecond:
         "An untrained network of the same make"
         return edm_from_config(dict(self.net.config))
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #1ff97904
 CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+
 class ClassEncoder:
     "Prompts to `Cond`: class names or numbers to one-hot vectors; takes the place of a text encoder"
-    def __init__(self, classes:int, device='cpu'): self.names, self.device = CIFAR10_CLASSES if classes == 10 else [str(i) for i in range(classes)], device
+
+    def __init__(self, classes: int, device='cpu'):
+        self.names, self.device = (
+            CIFAR10_CLASSES if classes == 10 else [str(i) for i in range(classes)],
+            device,
+        )
+
     def class_index(self, prompt:str)->int:
         "The label a prompt means; raises `InputError` for none"
-        word = prompt.strip().lower(); named = word in self.names
+        word = prompt.strip().lower()
+        named = word in self.names
         if not named and not (word.isdecimal() and int(word) < len(self.names)):
-            raise InputError(f'{prompt[:60]!r} is no class of this teacher; give one of {", ".join(self.names[:10])} or a number below {len(self.names)}')
+            raise InputError(
+                f'{prompt[:60]!r} is no class of this teacher; give one of {", ".join(self.names[:10])} or '
+                f'a number below {len(self.names)}'
+            )
         return self.names.index(word) if named else int(word)
+
     def __call__(self, prompts:list[str])->Cond: # {'class_labels': [B, classes]}
         found = torch.zeros(len(prompts), len(self.names))
-        named = [(i, self.class_index(p)) for i, p in enumerate(prompts) if p and self.names]     # "" is the empty class
+        # "" is the empty class
+        named = [(i, self.class_index(p)) for i, p in enumerate(prompts) if p and self.names]
         if named: found[tuple(zip(*named))] = 1.
         return dict(class_labels=to_device(found, self.device))
+
     def null(self)->Cond: # {'class_labels': [1, classes]}
         "No class: all zeros"
         return dict(class_labels=torch.zeros(1, len(self.names), device=self.device))
@@ -294,8 +494,15 @@ def edm_sigmas(
     lo:float=.002, hi:float=80., rho:float=7.,
 )->Tensor: # [steps + 1] falling, the last one 0; float64
     "Noise levels of EDM's sampler (2206.00364, eq. 5); raises `InputError` for no steps"
-    if steps < 1: raise InputError(f'{steps} sampler steps make no picture; give 1 or more (EDM: 18 for CIFAR-10)')
-    return torch.cat([karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64), lo, hi, rho), torch.zeros(1, dtype=torch.float64)])
+    if steps < 1:
+        raise InputError(f'{steps} sampler steps make no picture; give 1 or more (EDM: 18 for CIFAR-10)')
+    return torch.cat(
+        [
+            karras_sigma(torch.linspace(1, 0, steps, dtype=torch.float64), lo, hi, rho),
+            torch.zeros(1, dtype=torch.float64),
+        ]
+    )
+
 @torch.no_grad()
 def edm_sampler(
     denoiser, # `(x_t, t, cond) -> y` with alpha_t = 1: its schedule is an `EDMSchedule` or `KarrasSchedule`
@@ -305,7 +512,13 @@ def edm_sampler(
 )->list[Tensor]: # the state at each level, [B, ...] each; in float64 where there is one
     "EDM's deterministic sampler (2206.00364, Algorithm 1), with every state on its way"
     levels = (edm_sigmas() if sigmas is None else sigmas).tolist()
-    def slope(x, s): return (x - denoiser(x, torch.full((len(x),), denoiser.schedule.sigma_to_t(s), dtype=x.dtype, device=x.device), cond).to(x.dtype))/s
+    def slope(x, s):
+        return (
+            x
+            - denoiser(
+                x, torch.full((len(x),), denoiser.schedule.sigma_to_t(s), dtype=x.dtype, device=x.device), cond
+            ).to(x.dtype)
+        )/s
     path = [z.to(widest_float(z.device))*levels[0]]
     for now, then in zip(levels, levels[1:]):
         x, d = path[-1], slope(path[-1], now)
@@ -321,7 +534,10 @@ class GuidedDenoiser:
     kappa:float
     @property
     def schedule(self): return self.denoiser.schedule
-    def __call__(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: return predict_guided(self.denoiser, x_t, t, cond, self.null, self.kappa)[0]
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return predict_guided(self.denoiser, x_t, t, cond, self.null, self.kappa)[0]
+
 @dataclass
 class EDMTeacher:
     "An EDM network with the face of `Teacher`: pixels are latents, classes are prompts"
@@ -336,42 +552,70 @@ class EDMTeacher:
     def schedule(self)->KarrasSchedule: return self.denoiser.schedule
     @property
     def device(self)->torch.device: return next(self.denoiser.parameters()).device
+
     @property
     def latent_shape(self)->tuple[int, int, int]: # (C, H, W)
         c = self.denoiser.net.config
         return (c['img_channels'], c['img_resolution'], c['img_resolution'])
+
     @property
     def prompts(self)->list[str]:
         "All that there are: one prompt per class, or one for all pictures"
         return list(self.text.names) or ['a picture']
+
     def encode(self, pictures:Tensor)->Tensor: return pictures.float() # and no encoder
+
     def decode(self, pictures:Tensor)->Tensor: # [B,3,H,W] -> the same in [-1,1], float32
         "Pixels need no decoder"
         return pictures.float().clamp(-1, 1)
-    def sample(self, z:Tensor, cond:Cond, null:Cond|None=None, kappa:float=1., steps:int=18)->Tensor: # [B,C,H,W] both
+
+    def sample(self,
+        z:Tensor, # [B,C,H,W]
+        cond:Cond,
+        null:Cond|None=None,
+        kappa:float=1., # guidance scale
+        steps:int=18,
+    )->Tensor: # [B,C,H,W]
         "The teacher's own pictures, by Heun's method: 2 steps - 1 network evaluations"
         guide = self.denoiser if kappa == 1 else GuidedDenoiser(self.denoiser, null, kappa)
-        return edm_sampler(guide, z, cond, edm_sigmas(steps, self.schedule.lo, self.schedule.hi, self.schedule.rho))[-1].to(z.dtype)
+        return edm_sampler(
+            guide, z, cond, edm_sigmas(steps, self.schedule.lo, self.schedule.hi, self.schedule.rho)
+        )[-1].to(z.dtype)
+
     def check_guidance(self, kappa:Kappa):
         "Raise `InputError` for guidance that the network cannot give"
         if kappa != Kappa() and not (self.text.names and self.denoiser.net.config.get('label_dropout', 0)):
-            raise InputError(f'teacher {self.path!r} was not trained on an empty class, so it cannot be guided; give all four kappas as 1')
+            raise InputError(
+                f'teacher {self.path!r} was not trained on an empty class, so it cannot be guided; give all '
+                'four kappas as 1'
+            )
+
     def check_t_init(self, t_init:float): "A generator of this kind starts anywhere"
+
     def save(self, net:EDMDenoiser, folder, t_init:float)->Path:
         "Write a one-step generator; see `save_edm`"
-        return save_edm(net.net, folder, self.schedule.sigma(torch.tensor(t_init, dtype=torch.float64)).item())
+        return save_edm(
+            net.net, folder, self.schedule.sigma(torch.tensor(t_init, dtype=torch.float64)).item()
+        )
+
 @dataclass
 class EDMStudent:
     "A one-step generator made of an EDM network; call it with class names, like a `Student`"
     teacher:EDMTeacher # holds the generator's network
     @property
     def latent_shape(self)->tuple[int, int, int]: return self.teacher.latent_shape
+
     @torch.no_grad()
     def __call__(self, prompts:list[str], seeds=None, steps:int=1)->Tensor: # [B,3,H,W] in [-1,1]
         "One picture per prompt; seeds: one integer each, default 0, 1, 2, ..."
         t, seeds = self.teacher, [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]
         zs = [noise_for([s + 1_000_003*k for s in seeds], t.latent_shape).to(t.device) for k in range(steps)]
-        return t.decode(few_steps(t.denoiser, zs, t.text(list(prompts)), step_times(t.schedule.sigma_to_t(t.sigma_init), steps)))
+        return t.decode(
+            few_steps(
+                t.denoiser, zs, t.text(list(prompts)), step_times(t.schedule.sigma_to_t(t.sigma_init), steps)
+            )
+        )
+
 def edm_teacher(net:EDMPrecond, path:str='', device='cpu', sigma_init:float|None=None)->EDMTeacher:
     "A frozen teacher around a network"
     net = net.to(device).eval().requires_grad_(False)
@@ -384,7 +628,9 @@ def tiny_edm(
     seed:int=0, # of the weights
 )->EDMTeacher:
     "A small EDM teacher with random weights. The random twin for tests"
-    config = cifar10_config(arch, classes) | dict(img_resolution=8, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4])
+    config = cifar10_config(arch, classes) | dict(
+        img_resolution=8, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]
+    )
     with torch.random.fork_rng(devices=[]):                     # torch's global stream stays where it was
         torch.manual_seed(seed)
         return edm_teacher(song_unet(config), f'tiny-{arch}')
@@ -392,26 +638,51 @@ def tiny_edm(
 # %% ../../nbs/2_teachers/09_edm.ipynb #34312fac
 class UNet2DAdapter(nn.Module):
     "A `UNet2DModel` behind the face that `EDMPrecond` asks"
-    def __init__(self, unet:UNet2DModel, noise_scale:float=1.): super().__init__(); self.unet, self.noise_scale = unet, noise_scale
-    def forward(self, x:Tensor, c_noise:Tensor, class_labels:Tensor|None=None, augment_labels:Tensor|None=None)->Tensor:
+
+    def __init__(self, unet: UNet2DModel, noise_scale: float = 1.0):
+        super().__init__()
+        self.unet, self.noise_scale = unet, noise_scale
+
+    def forward(self,
+        x:Tensor, # [B,C,H,W]
+        c_noise:Tensor, # [B]
+        class_labels:Tensor|None=None, # one-hot [B, classes]
+        augment_labels:None=None, # diffusers' network takes none
+    )->Tensor: # [B,C,H,W]
+        "The network's answer F"
+        if augment_labels is not None:
+            raise InputError('diffusers\' network takes no augment labels; leave them away')
         labels = class_labels.argmax(1) if self.unet.config.num_class_embeds else None
         return self.unet(x, self.noise_scale*c_noise, labels, return_dict=False)[0]
+
     @property
     def is_gradient_checkpointing(self)->bool: return self.unet.is_gradient_checkpointing
     def enable_gradient_checkpointing(self): self.unet.enable_gradient_checkpointing()
+
 def wrap_unet2d(
     unet:UNet2DModel, # trained as F of eq. 7
-    noise_scale:float=1., # it was given noise_scale * ln(sigma)/4: 1 with EDMEulerScheduler, 1000 with consistency models
+    noise_scale:float=1., # it was given noise_scale*ln(sigma)/4: 1 (EDMEulerScheduler) or 1000 (consistency models)
     sigma_data:float=.5,
 )->EDMPrecond:
     "diffusers' network inside EDM's preconditioning; raises `InputError` for a network that cannot be one"
-    c = unet.config; own = {k: v for k, v in c.items() if not k.startswith('_')}
+    c = unet.config
+    own = {k: v for k, v in c.items() if not k.startswith('_')}
     if c.time_embedding_type != 'positional':
-        raise InputError(f'a UNet2DModel with {c.time_embedding_type} time embedding takes a noise level of its own kind; EDM\'s c_noise needs positional')
+        raise InputError(
+            f'a UNet2DModel with {c.time_embedding_type} time embedding takes a noise level of its own '
+            'kind; EDM\'s c_noise needs positional'
+        )
     if c.class_embed_type is not None or c.in_channels != c.out_channels or not isinstance(c.sample_size, int):
-        raise InputError('a UNet2DModel for EDM needs as many channels out as in, a whole number as sample_size, and num_class_embeds as its only way to take a class')
+        raise InputError(
+            'a UNet2DModel for EDM needs as many channels out as in, a whole number as sample_size, and '
+            'num_class_embeds as its only way to take a class'
+        )
     sizes = dict(img_resolution=c.sample_size, img_channels=c.in_channels, label_dim=c.num_class_embeds or 0)
-    return EDMPrecond(UNet2DAdapter(unet, noise_scale), dict(model_type='UNet2DModel', **sizes, sigma_data=sigma_data, noise_scale=noise_scale, unet=own))
+    return EDMPrecond(
+        UNet2DAdapter(unet, noise_scale),
+        dict(model_type='UNet2DModel', **sizes, sigma_data=sigma_data, noise_scale=noise_scale, unet=own),
+    )
+
 def edm_from_config(config:dict)->EDMPrecond:
     "A network from its config, untrained; raises `InputError` for a config that is none"
     if config.get('model_type') != 'UNet2DModel': return song_unet(config)
@@ -425,46 +696,92 @@ def save_edm(
 )->Path: # the folder
     "Write config.json and model.safetensors, both or neither"
     with atomic_folder(folder) as tmp:
-        (tmp/'config.json').write_text(json.dumps(net.config | (dict(sigma_init=sigma_init) if sigma_init else {}), indent=1) + '\n')
-        save_file({k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, tmp/'model.safetensors')
+        (tmp/'config.json').write_text(
+            json.dumps(net.config | (dict(sigma_init=sigma_init) if sigma_init else {}), indent=1) + '\n'
+        )
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, tmp/'model.safetensors'
+        )
     return Path(folder)
+
 def load_exact(net:EDMPrecond, state:dict[str, Tensor])->EDMPrecond: # in float32
     "Give a network (on meta) its weights; raises `InputError` unless names and shapes are exactly its own"
-    want = net.state_dict(); shared = want.keys() & state.keys()
+    want = net.state_dict()
+    shared = want.keys() & state.keys()
     wrong = {'lacks': sorted(want.keys() - state.keys()), 'has besides': sorted(state.keys() - want.keys()),
              'has in another shape': sorted(k for k in shared if want[k].shape != state[k].shape)}
     said = [f'{what} {len(keys)} ({str(keys[0])[:60]})' for what, keys in wrong.items() if keys]
-    if said: raise InputError(f'does not fit its config: of {len(want)} tensors it {", ".join(said)}; take weights and config from the same file')
+    if said:
+        raise InputError(
+            f'does not fit its config: of {len(want)} tensors it {", ".join(said)}; take weights and config '
+            'from the same file'
+        )
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return net
 
 # %% ../../nbs/2_teachers/09_edm.ipynb #5926086a
-EDM_ARGUMENTS = ('img_resolution', 'img_channels', 'label_dim', 'use_fp16', 'sigma_min', 'sigma_max', 'sigma_data', 'model_type')   # of the official EDMPrecond, in order
+# of the official EDMPrecond, in order
+EDM_ARGUMENTS = (
+    'img_resolution',
+    'img_channels',
+    'label_dim',
+    'use_fp16',
+    'sigma_min',
+    'sigma_max',
+    'sigma_data',
+    'model_type',
+)
+
 def read_official_edm(path:Path, key:str)->EDMPrecond:
-    "The network in a checkpoint of EDM's or SiD's code; raises `InputError` if it is no EDMPrecond, or not whole"
+    "The network in a checkpoint of EDM's or SiD's code; raises `InputError` for no or half an EDMPrecond"
     found, state = find_network(read_checkpoint(path), key)
     kind = found.get('class_name')
-    if not kind: raise InputError('holds no EDM network with its settings; give the official .pkl, or a folder written by save_edm')
-    if kind != 'EDMPrecond': raise InputError(f'holds a {kind[:40]}; only EDMPrecond networks (EDM, and SiD on EDM) answer x_0 as this code expects')
+    if not kind:
+        raise InputError(
+            'holds no EDM network with its settings; give the official .pkl, or a folder written by save_edm'
+        )
+    if kind != 'EDMPrecond':
+        raise InputError(
+            f'holds a {kind[:40]}; only EDMPrecond networks (EDM, and SiD on EDM) answer x_0 as this code '
+            'expects'
+        )
     config = check_edm_config(dict(zip(EDM_ARGUMENTS, found['init_args'])) | found['init_kwargs'])
     with torch.device('meta'): net = song_unet(config)
     return load_exact(net, state)
+
 def read_edm_folder(folder:Path)->tuple[EDMPrecond, float|None]: # and its sigma_init
     "The network that `save_edm` wrote; raises `InputError` for a folder that is none, or broken"
-    try: config, state = dict(json.loads((folder/'config.json').read_text())), load_file(folder/'model.safetensors')
+    try:
+        config, state = (
+            dict(json.loads((folder/'config.json').read_text())),
+            load_file(folder/'model.safetensors'),
+        )
     except (OSError, TypeError, ValueError, SafetensorError) as e:
-        raise InputError(f'holds no EDM network ({type(e).__name__}); give a folder written by save_edm, or the official .pkl') from e
+        raise InputError(
+            f'holds no EDM network ({type(e).__name__}); give a folder written by save_edm, or the '
+            'official .pkl'
+        ) from e
     sigma_init = config.pop('sigma_init', None)
     try:
         with torch.device('meta'): net = edm_from_config(config)
     except (KeyError, TypeError, AttributeError) as e:
-        raise InputError(f'has a config.json that is not of save_edm ({type(e).__name__} {str(e)[:60]}); save the network again') from e
+        raise InputError(
+            f'has a config.json that is not of save_edm ({type(e).__name__} {str(e)[:60]}); save the '
+            'network again'
+        ) from e
     return load_exact(net, state), sigma_init
+
 def is_edm(path)->bool:
     "Does this look like something for `load_edm`, rather than a text-to-image pipeline?"
     path = Path(path).expanduser()
-    if path.is_dir(): return (path/'config.json').is_file() and not (path/'model_index.json').exists() and '"model_type"' in (path/'config.json').read_text()
+    if path.is_dir():
+        return (
+            (path/'config.json').is_file()
+            and not (path/'model_index.json').exists()
+            and '"model_type"' in (path/'config.json').read_text()
+        )
     return path.suffix in ('.pkl', '.pt')
+
 def load_edm(
     path, # official .pkl (or training-state .pt), or a folder of `save_edm`
     device='cpu', # where it lives
@@ -472,14 +789,27 @@ def load_edm(
 )->EDMTeacher:
     "Open an EDM teacher, or a one-step generator made of one; raises `InputError` for anything that is none"
     path = Path(path).expanduser()
-    try: net, sigma_init = read_edm_folder(path) if path.is_dir() else (read_official_edm(path, key), None)
-    except InputError as e: raise type(e)(str(e) if str(e).startswith((path.name, repr(str(path)))) else f'{path.name} {e}') from None
+    try:
+        net, sigma_init = read_edm_folder(path) if path.is_dir() else (read_official_edm(path, key), None)
+    except InputError as e:
+        raise type(e)(
+            str(e) if str(e).startswith((path.name, repr(str(path)))) else f'{path.name} {e}'
+        ) from None
     return edm_teacher(net, str(path), device, sigma_init)
-def load_edm_student(path, device='cpu')->EDMStudent: # path: run folder, generator/ inside it, or an official SiD .pkl
-    "Open a one-step generator made of an EDM teacher; raises `InputError` for a teacher, and for what `load_edm` refuses"
-    path = Path(path).expanduser(); path = path/'generator' if (path/'generator').is_dir() else path
+
+def load_edm_student(
+    path, # run folder, generator/ inside it, or an official SiD .pkl
+    device='cpu',
+)->EDMStudent:
+    "Open a one-step generator made of an EDM teacher; raises `InputError` for a teacher, and as `load_edm` does"
+    path = Path(path).expanduser()
+    path = path/'generator' if (path/'generator').is_dir() else path
     teacher = load_edm(path, device)
-    if teacher.sigma_init is None and path.is_dir(): raise InputError(f'{str(path)!r} holds a teacher, which needs many steps; give a run folder of `sid-lsg distill`, or the generator/ inside it')
+    if teacher.sigma_init is None and path.is_dir():
+        raise InputError(
+            f'{str(path)!r} holds a teacher, which needs many steps; give a run folder of `sid-lsg '
+            'distill`, or the generator/ inside it'
+        )
     teacher.sigma_init = teacher.sigma_init or SIGMA_INIT                     # the published generators'
     return EDMStudent(teacher)
 
@@ -489,9 +819,14 @@ def save_consistency_pipeline(
     folder, # where
     sigma_init:float=SIGMA_INIT, # the level it is asked at
 )->Path: # the folder
-    "Write a one-step generator as diffusers' ConsistencyModelPipeline; raises `InputError` for networks that have no place there"
+    "Write a generator as diffusers' ConsistencyModelPipeline; raises `InputError` for networks with no place there"
     if net.config['model_type'] != 'UNet2DModel' or net.config['noise_scale'] != 1000:
-        raise InputError('stock diffusers opens a UNet2DModel trained on 1000 c_noise; save this network with save_edm')
-    scheduler = CMStochasticIterativeScheduler(sigma_min=0., sigma_max=sigma_init, sigma_data=net.config['sigma_data'])
-    with atomic_folder(folder) as tmp: ConsistencyModelPipeline(net.model.unet, scheduler).save_pretrained(tmp)
+        raise InputError(
+            'stock diffusers opens a UNet2DModel trained on 1000 c_noise; save this network with save_edm'
+        )
+    scheduler = CMStochasticIterativeScheduler(
+        sigma_min=0.0, sigma_max=sigma_init, sigma_data=net.config['sigma_data']
+    )
+    with atomic_folder(folder) as tmp:
+        ConsistencyModelPipeline(net.model.unet, scheduler).save_pretrained(tmp)
     return Path(folder)

@@ -13,12 +13,24 @@ import inspect, json
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline, StableDiffusion3Pipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SanaPipeline,
+    StableDiffusion3Pipeline,
+)
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from ..core import Cond, InputError, atomic_folder, expand_like, cond_map, noise_for, to_device
 from ..method.schedule import FlowSchedule
-from .loading import CLIP_TOKENIZERS, GEMMA_TOKENIZERS, PLAIN_VAE, T5_TOKENIZERS, Layout, open_pipeline
+from sid_lsg_nb.teachers.loading import (
+    CLIP_TOKENIZERS,
+    GEMMA_TOKENIZERS,
+    PLAIN_VAE,
+    T5_TOKENIZERS,
+    Layout,
+    open_pipeline,
+)
 from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class
 from ..method.sampling import few_steps, step_times
 from .student import Student, student_folder, write_vocab_files
@@ -26,38 +38,69 @@ from .student import Student, student_folder, write_vocab_files
 # %% ../../nbs/2_teachers/07_flow.ipynb #d1c9ee5d
 class FlowDenoiser(Denoiser):
     "A flow-matching transformer of diffusers, whose clock runs from 0 to 1000"
+
     def predict(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C or more,H,W]; t [B] in [0, 1]
         config = getattr(self.net, 'module', self.net).config                  # perhaps inside DDP
         return self.net(x_t, timestep=1000*t*config.get('timestep_scale', 1.), **cond, return_dict=False)[0]
+
     def copy(self)->'FlowDenoiser':
         "An independent copy with gradients on; not for the queries whose answers SD3's last block throws away"
         new = super().copy()
         for block in getattr(new.net, 'transformer_blocks', ()):
-            idle = [block.attn.add_q_proj, block.attn.norm_added_q] if getattr(block, 'context_pre_only', False) else []
+            idle = (
+                [block.attn.add_q_proj, block.attn.norm_added_q]
+                if getattr(block, 'context_pre_only', False)
+                else []
+            )
             for part in idle: part.requires_grad_(False) if part is not None else None
         return new
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #96bdb16b
 class SD3TextEncoder:
     "Prompts to `Cond`, as Stable Diffusion 3's pipeline does it; the null prompt is encoded once"
+
     def __init__(self,
         pipe:StableDiffusion3Pipeline, # its tokenizers and text encoders; the third may be None
         length:int=256, # T5 tokens, the pipeline's own default
     ):
         self.clips = [(pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)]
-        self.words3, self.t5, self.width, self.length, self._null = pipe.tokenizer_3, pipe.text_encoder_3, pipe.transformer.config.joint_attention_dim, length, None
+        self.words3, self.t5, self.width, self.length, self._null = (
+            pipe.tokenizer_3,
+            pipe.text_encoder_3,
+            pipe.transformer.config.joint_attention_dim,
+            length,
+            None,
+        )
+
     @property
     def model(self)->nn.Module: return self.clips[0][1]
+
     def ids(self, tokenizer, prompts, length): # [B, length], on the encoders' device
-        return to_device(tokenizer(prompts, padding='max_length', max_length=length, truncation=True, return_tensors='pt').input_ids, self.model.device)
+        return to_device(
+            tokenizer(
+                prompts, padding='max_length', max_length=length, truncation=True, return_tensors='pt'
+            ).input_ids,
+            self.model.device,
+        )
+
     @torch.no_grad()
-    def __call__(self, prompts:list[str])->Cond: # {'encoder_hidden_states': [B, 77 + 256, D], 'pooled_projections': [B, P]}, float32
-        prompts = list(prompts); short = self.clips[0][0].model_max_length                          # the first tokenizer's, for both
-        read = [text(self.ids(words, prompts, short), output_hidden_states=True) for words, text in self.clips]
+    def __call__(self,
+        prompts:list[str],
+    )->Cond: # {'encoder_hidden_states': [B, 77 + 256, D], 'pooled_projections': [B, P]}, float32
+        # the first tokenizer's, for both
+        prompts = list(prompts)
+        short = self.clips[0][0].model_max_length
+        read = [
+            text(self.ids(words, prompts, short), output_hidden_states=True) for words, text in self.clips
+        ]
         clip = torch.cat([r.hidden_states[-2].float() for r in read], -1)
         if self.t5 is None: long = clip.new_zeros(len(prompts), self.length, self.width)
         else: long = self.t5(self.ids(self.words3, prompts, self.length))[0].float()
-        return dict(encoder_hidden_states=torch.cat([pad(clip, (0, self.width - clip.shape[-1])), long], 1), pooled_projections=torch.cat([r[0].float() for r in read], -1))
+        return dict(
+            encoder_hidden_states=torch.cat([pad(clip, (0, self.width - clip.shape[-1])), long], 1),
+            pooled_projections=torch.cat([r[0].float() for r in read], -1),
+        )
+
     def null(self)->Cond: # the same with B = 1
         "The conditioning of \"\""
         if self._null is None: self._null = self([''])
@@ -65,36 +108,50 @@ class SD3TextEncoder:
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #dfc10a41
 def one_step_flow_scheduler()->FlowMatchEulerDiscreteScheduler:
-    "A stock scheduler whose single step is a generator that starts at t = 1; with `sigmas=step_times(1., K)` its K steps re-noise in between"
+    "A stock scheduler whose single step starts at t = 1; with `sigmas=step_times(1., K)` its K steps re-noise in between"
     return FlowMatchEulerDiscreteScheduler(shift=1., stochastic_sampling=True)
+
 class FlowTeacher(Teacher):
     "A flow-matching pipeline, seen as its parts"
     t_init = 1.       # where its one-step generator starts: stock pipelines begin with noise of size 1
+
     def make_scheduler(self):
         "The pipeline's own scheduler, made anew"
         return type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+
     def scheduler_time(self, k:Tensor)->Tensor: return k/1000
+
     def check_t_init(self, t_init:float):
         "Raise `InputError` for a generator that stock pipelines could not start"
-        if t_init != 1: raise InputError(f't_init {t_init:g} of a flow: stock pipelines start from noise of size 1, which is t = 1; distil with t_init 1.0 '
-                                         f'(or draw with latents={t_init:g}*z and sigmas=[{t_init:g}], and save without t_init)')
+        if t_init != 1:
+            raise InputError(
+                f't_init {t_init:g} of a flow: stock pipelines start from noise of size 1, which is t = 1; '
+                'distil with t_init 1.0 '
+                f'(or draw with latents={t_init:g}*z and sigmas=[{t_init:g}], and save without t_init)'
+            )
+
     def save(self,
         net:Denoiser, # the generator, best its EMA
         folder, # where; replaced if it exists
         t_init:float=1., # its time
     )->Path: # the folder
-        "Write the generator as a complete pipeline that stock diffusers opens; raises `InputError` for a t_init that is not 1"
+        "Write the generator as a pipeline that stock diffusers opens; raises `InputError` for a t_init that is not 1"
         self.check_t_init(t_init)
         with atomic_folder(folder) as tmp:
-            type(self.pipe)(**self.pipe.components | dict(transformer=net.net, scheduler=one_step_flow_scheduler())).save_pretrained(tmp)
+            type(self.pipe)(
+                **self.pipe.components | dict(transformer=net.net, scheduler=one_step_flow_scheduler())
+            ).save_pretrained(tmp)
             write_legacy_tokenizers(tmp)
         return Path(folder)
+
 class SD3Teacher(FlowTeacher):
     "Stable Diffusion 3 or 3.5"
+
     def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
         "Latents to pictures: x/scaling + shift"
         c = self.vae.config
         return super().decode(latents + (c.shift_factor or 0.)*c.scaling_factor)
+
     def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
         "Pictures to latents, undone by `decode`"
         c = self.vae.config
@@ -105,21 +162,43 @@ def write_legacy_tokenizers(
     folder, # a saved pipeline
 ):
     "Names and files of tokenizers that transformers before 5 looks for"
-    file = Path(folder)/'model_index.json'; index = json.loads(file.read_text())
+    file = Path(folder)/'model_index.json'
+    index = json.loads(file.read_text())
     for name, kind in index.items():
-        if not name.startswith('tokenizer') or kind[1] is None or not (words := Path(folder)/name/'tokenizer.json').exists(): continue
+        if (
+            not name.startswith('tokenizer')
+            or kind[1] is None
+            or not (words := Path(folder)/name/'tokenizer.json').exists()
+        ):
+            continue
         if kind[1] in ('T5Tokenizer', 'GemmaTokenizer'): kind[1] += 'Fast'
-        if kind[1] == 'CLIPTokenizer' and not words.with_name('vocab.json').exists(): write_vocab_files(words.parent)
+        if kind[1] == 'CLIPTokenizer' and not words.with_name('vocab.json').exists():
+            write_vocab_files(words.parent)
     file.write_text(json.dumps(index, indent=2) + '\n')
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #40a1575e
 CLIP_PARTS = ('text_encoder', 'text_encoder_2', 'tokenizer', 'tokenizer_2')
-SD3_LAYOUT = Layout('StableDiffusion3Pipeline',
-    dict(transformer=('SD3Transformer2DModel',), vae=('AutoencoderKL',)) | dict.fromkeys(CLIP_PARTS[:2], ('CLIPTextModelWithProjection',))
-    | dict.fromkeys(CLIP_PARTS[2:], CLIP_TOKENIZERS) | dict(text_encoder_3=('T5EncoderModel',), tokenizer_3=T5_TOKENIZERS),
-    optional=(*CLIP_PARTS, 'text_encoder_3', 'tokenizer_3'), fixed=dict(vae={k: None for k in PLAIN_VAE if k != 'shift_factor'}), schedulers=())
-SANA_LAYOUT = Layout('SanaPipeline', schedulers=(),
-    parts=dict(transformer=('SanaTransformer2DModel',), vae=('AutoencoderDC',), text_encoder=('Gemma2Model',), tokenizer=GEMMA_TOKENIZERS))
+SD3_LAYOUT = Layout(
+    'StableDiffusion3Pipeline',
+    dict(transformer=('SD3Transformer2DModel',), vae=('AutoencoderKL',))
+    | dict.fromkeys(CLIP_PARTS[:2], ('CLIPTextModelWithProjection',))
+    | dict.fromkeys(CLIP_PARTS[2:], CLIP_TOKENIZERS)
+    | dict(text_encoder_3=('T5EncoderModel',), tokenizer_3=T5_TOKENIZERS),
+    optional=(*CLIP_PARTS, 'text_encoder_3', 'tokenizer_3'),
+    fixed=dict(vae={k: None for k in PLAIN_VAE if k != 'shift_factor'}),
+    schedulers=(),
+)
+SANA_LAYOUT = Layout(
+    'SanaPipeline',
+    schedulers=(),
+    parts=dict(
+        transformer=('SanaTransformer2DModel',),
+        vae=('AutoencoderDC',),
+        text_encoder=('Gemma2Model',),
+        tokenizer=GEMMA_TOKENIZERS,
+    ),
+)
+
 def open_flow_pipeline(
     path, # a folder or hub id
     layout:Layout,
@@ -127,23 +206,51 @@ def open_flow_pipeline(
     weights:bool=True, # False: on the meta device
 )->DiffusionPipeline:
     "Open a flow-matching pipeline of this layout; raises `InputError` for anything else"
-    where, path = find_pipeline(path), str(path); found = pipeline_class(where, path)
-    if found != layout.pipeline: raise InputError(f'teacher {path!r} is a {found}, not a {layout.pipeline}; load it with the loader of its kind')
+    where, path = find_pipeline(path), str(path)
+    found = pipeline_class(where, path)
+    if found != layout.pipeline:
+        raise InputError(
+            f'teacher {path!r} is a {found}, not a {layout.pipeline}; load it with the loader of its kind'
+        )
     pipe = open_pipeline(where, path, layout, dtype, weights=weights)
     levels, name = pipe.scheduler.config, type(pipe.scheduler).__name__
-    require(path, 'FlowMatch' in name or levels.get('prediction_type') == 'flow_prediction', f'its scheduler, {name}, does not walk along a flow', 'take the one of its own model (a FlowMatch scheduler, or prediction_type flow_prediction)')
-    require(path, not levels.get('use_dynamic_shifting'), 'its scheduler shifts times by picture size', 'save one with use_dynamic_shifting false and a fixed shift')
-    require(path, pipe.vae.config.latent_channels == pipe.transformer.config.in_channels, f'the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes {pipe.transformer.config.in_channels}')
+    require(
+        path,
+        'FlowMatch' in name or levels.get('prediction_type') == 'flow_prediction',
+        f'its scheduler, {name}, does not walk along a flow',
+        'take the one of its own model (a FlowMatch scheduler, or prediction_type flow_prediction)',
+    )
+    require(
+        path,
+        not levels.get('use_dynamic_shifting'),
+        'its scheduler shifts times by picture size',
+        'save one with use_dynamic_shifting false and a fixed shift',
+    )
+    require(
+        path,
+        pipe.vae.config.latent_channels == pipe.transformer.config.in_channels,
+        f'the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes '
+        f'{pipe.transformer.config.in_channels}',
+    )
     return pipe
+
 def require(path, fits:bool, what:str, fix:str='take all parts from the same model'):
     "Raise `InputError` unless it is so"
     if not fits: raise InputError(f'teacher {str(path)!r}: {what}; {fix}')
+
 def flow_teacher(kind:type, pipe, text, path, device)->FlowTeacher:
     "The frozen teacher of a loaded pipeline"
-    pipe.set_progress_bar_config(disable=True); c = pipe.scheduler.config
+    pipe.set_progress_bar_config(disable=True)
+    c = pipe.scheduler.config
     for part in pipe.components.values():
         if isinstance(part, nn.Module): part.to(device).eval().requires_grad_(False)
-    return kind(FlowDenoiser(pipe.transformer, FlowSchedule(c.get('shift', c.get('flow_shift', 1.)))), text, pipe.vae, pipe, str(path))
+    return kind(
+        FlowDenoiser(pipe.transformer, FlowSchedule(c.get('shift', c.get('flow_shift', 1.0)))),
+        text,
+        pipe.vae,
+        pipe,
+        str(path),
+    )
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #a535418a
 def load_sd3(
@@ -152,12 +259,35 @@ def load_sd3(
     dtype:torch.dtype=torch.float32, # of all weights
 )->SD3Teacher:
     "Open a StableDiffusion3Pipeline as a frozen teacher; raises `InputError` for anything that is none"
-    pipe = open_flow_pipeline(path, SD3_LAYOUT, dtype, str(device) != 'meta'); net = pipe.transformer.config
-    require(path, all(getattr(pipe, part) is not None for part in CLIP_PARTS), 'a CLIP text encoder is missing', 'add it (only the third, T5, may be left out)')
-    one, two, t5 = (getattr(e, 'config', None) for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3))
-    require(path, one.projection_dim + two.projection_dim == net.pooled_projection_dim, f'the CLIPs give {one.projection_dim} + {two.projection_dim} pooled numbers, the transformer reads {net.pooled_projection_dim}')
-    require(path, one.hidden_size + two.hidden_size <= net.joint_attention_dim, f'the CLIPs give {one.hidden_size} + {two.hidden_size} numbers per token, the transformer reads {net.joint_attention_dim}')
-    require(path, t5 is None or t5.d_model == net.joint_attention_dim, f'T5 gives {t5 and t5.d_model} numbers per token, the transformer reads {net.joint_attention_dim} (joint_attention_dim)')
+    pipe = open_flow_pipeline(path, SD3_LAYOUT, dtype, str(device) != 'meta')
+    net = pipe.transformer.config
+    require(
+        path,
+        all(getattr(pipe, part) is not None for part in CLIP_PARTS),
+        'a CLIP text encoder is missing',
+        'add it (only the third, T5, may be left out)',
+    )
+    one, two, t5 = (
+        getattr(e, 'config', None) for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
+    )
+    require(
+        path,
+        one.projection_dim + two.projection_dim == net.pooled_projection_dim,
+        f'the CLIPs give {one.projection_dim} + {two.projection_dim} pooled numbers, the transformer reads '
+        f'{net.pooled_projection_dim}',
+    )
+    require(
+        path,
+        one.hidden_size + two.hidden_size <= net.joint_attention_dim,
+        f'the CLIPs give {one.hidden_size} + {two.hidden_size} numbers per token, the transformer reads '
+        f'{net.joint_attention_dim}',
+    )
+    require(
+        path,
+        t5 is None or t5.d_model == net.joint_attention_dim,
+        f'T5 gives {t5 and t5.d_model} numbers per token, the transformer reads {net.joint_attention_dim} '
+        '(joint_attention_dim)',
+    )
     return flow_teacher(SD3Teacher, pipe, SD3TextEncoder(pipe), path, device)
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #4292476c
@@ -167,6 +297,7 @@ class FlowStudent(Student):
     teacher:FlowTeacher # the folder, seen as its parts
     @property
     def latent_shape(self)->tuple[int, int, int]: return self.teacher.latent_shape
+
     @torch.no_grad()
     def __call__(self,
         prompts:list[str],
@@ -174,42 +305,93 @@ class FlowStudent(Student):
         steps:int=1,
     )->Tensor: # [B,3,H,W] in [-1,1]
         "One picture per prompt"
-        p = self.teacher; seeds = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]
+        p = self.teacher
+        seeds = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]
         dice = [torch.Generator().manual_seed(s + 1_000_003) for s in seeds]
-        zs = [noise_for(seeds, p.latent_shape), *(torch.stack([torch.randn(p.latent_shape, generator=g) for g in dice]) for _ in range(steps - 1))]
-        return p.decode(few_steps(p.denoiser, [z.to(p.device) for z in zs], p.text(list(prompts)), step_times(FlowTeacher.t_init, steps)))
-def load_flow_student(load, path, device='cpu', dtype=torch.float32)->FlowStudent: # load: `load_sd3` or `load_sana`
-    "Open what `save` of a flow teacher wrote, or the run folder that holds it; raises `InputError` when there is no generator"
+        zs = [
+            noise_for(seeds, p.latent_shape),
+            *(
+                torch.stack([torch.randn(p.latent_shape, generator=g) for g in dice])
+                for _ in range(steps - 1)
+            ),
+        ]
+        return p.decode(
+            few_steps(
+                p.denoiser,
+                [z.to(p.device) for z in zs],
+                p.text(list(prompts)),
+                step_times(FlowTeacher.t_init, steps),
+            )
+        )
+
+def load_flow_student(
+    load, # `load_sd3` or `load_sana`
+    path, # a saved generator, or the run folder that holds one
+    device='cpu',
+    dtype=torch.float32,
+)->FlowStudent:
+    "Open what `save` of a flow teacher wrote; raises `InputError` when there is no generator"
     teacher = load(student_folder(path), device, dtype)
-    if not teacher.pipe.scheduler.config.get('stochastic_sampling'): raise InputError(f'{str(path)!r} is a many-step pipeline, not a generator that was saved here; draw from it as a teacher')
+    if not teacher.pipe.scheduler.config.get('stochastic_sampling'):
+        raise InputError(
+            f'{str(path)!r} is a many-step pipeline, not a generator that was saved here; draw from it as a '
+            'teacher'
+        )
     return FlowStudent(teacher.pipe, teacher)
+
 def load_sd3_student(path, device='cpu', dtype=torch.float32)->FlowStudent:
     "Open a saved Stable Diffusion 3 generator; raises `InputError`"
     return load_flow_student(load_sd3, path, device, dtype)
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #ff336490
-COMPLEX_HUMAN_INSTRUCTION = '\n'.join(inspect.signature(SanaPipeline.__call__).parameters['complex_human_instruction'].default)    # what the pipeline says to Gemma before each prompt
+# what the pipeline says to Gemma before each prompt
+COMPLEX_HUMAN_INSTRUCTION = '\n'.join(
+    inspect.signature(SanaPipeline.__call__).parameters['complex_human_instruction'].default
+)
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #b6c133f1
 class SanaTextEncoder:
     "Prompts to `Cond`, as SANA's pipeline does it; an empty prompt is the null prompt, encoded once"
+
     def __init__(self,
         tokenizer, model:nn.Module, # Gemma's
         instruction:str=COMPLEX_HUMAN_INSTRUCTION, # said before each prompt; '': nothing
         length:int=300, # places handed on, the pipeline's own default
-    ): self.tokenizer, self.model, self.instruction, self.length, self._null = tokenizer, model, instruction, length, None
+    ):
+        self.tokenizer, self.model, self.instruction = tokenizer, model, instruction
+        self.length, self._null = length, None
+
     @torch.no_grad()
-    def encode(self, prompts:list[str], instruction:str='')->Cond: # {'encoder_hidden_states': [B, 300, D] float32, 'encoder_attention_mask': [B, 300] integers}
+    def encode(self,
+        prompts:list[str],
+        instruction:str='', # said before each prompt
+    )->Cond: # {'encoder_hidden_states': [B, 300, D] float32, 'encoder_attention_mask': [B, 300] integers}
         "What Gemma makes of instruction and prompt, at the first token and the last 299 places"
         self.tokenizer.padding_side = 'right'
         total = self.length + (len(self.tokenizer.encode(instruction)) - 2 if instruction else 0)
-        read = self.tokenizer([instruction + p.lower().strip() for p in prompts], padding='max_length', max_length=total, truncation=True, return_tensors='pt')
+        read = self.tokenizer(
+            [instruction + p.lower().strip() for p in prompts],
+            padding='max_length',
+            max_length=total,
+            truncation=True,
+            return_tensors='pt',
+        )
         ids, mask = (to_device(read[k], self.model.device) for k in ('input_ids', 'attention_mask'))
-        places = lambda x: torch.cat([x[:, :1], x[:, x.shape[1] + 1 - self.length:]], 1)          # slices: a list of places would be carried to the GPU
-        return dict(encoder_hidden_states=places(self.model(ids, attention_mask=mask)[0].float()), encoder_attention_mask=places(mask))
+        # slices: a list of places would be carried to the GPU
+        places = lambda x: torch.cat([x[:, :1], x[:, x.shape[1] + 1 - self.length :]], 1)
+        return dict(
+            encoder_hidden_states=places(self.model(ids, attention_mask=mask)[0].float()),
+            encoder_attention_mask=places(mask),
+        )
+
     def __call__(self, prompts:list[str])->Cond:
         empty = to_device(torch.tensor([not p.strip() for p in prompts]), self.model.device)
-        return cond_map(lambda c, n: torch.where(expand_like(empty, c), n, c), self.encode(prompts, self.instruction), self.null())
+        return cond_map(
+            lambda c, n: torch.where(expand_like(empty, c), n, c),
+            self.encode(prompts, self.instruction),
+            self.null(),
+        )
+
     def null(self)->Cond: # the same with B = 1
         "The conditioning of \"\": no instruction"
         if self._null is None: self._null = self.encode([''])
@@ -218,6 +400,7 @@ class SanaTextEncoder:
 # %% ../../nbs/2_teachers/07_flow.ipynb #69e89902
 class SanaTeacher(FlowTeacher):
     "SANA: DC-AE latents, Gemma's text with its mask"
+
 def load_sana(
     path, # a SANA folder or hub id
     device='cpu', # where it lives
@@ -225,10 +408,24 @@ def load_sana(
     instruction:str=COMPLEX_HUMAN_INSTRUCTION, # said to Gemma before each prompt
 )->SanaTeacher:
     "Open a SanaPipeline as a frozen teacher; raises `InputError` for anything that is none"
-    pipe = open_flow_pipeline(path, SANA_LAYOUT, dtype, str(device) != 'meta'); net, width = pipe.transformer.config, pipe.text_encoder.config.hidden_size
-    require(path, width == net.caption_channels, f'the text encoder gives {width} numbers per token, the transformer reads {net.caption_channels} (caption_channels)')
-    require(path, not net.get('guidance_embeds'), 'its transformer wants guidance as an input, as SANA-Sprint does', 'give a SANA that was not distilled')
-    return flow_teacher(SanaTeacher, pipe, SanaTextEncoder(pipe.tokenizer, pipe.text_encoder, instruction), path, device)
+    pipe = open_flow_pipeline(path, SANA_LAYOUT, dtype, str(device) != 'meta')
+    net, width = pipe.transformer.config, pipe.text_encoder.config.hidden_size
+    require(
+        path,
+        width == net.caption_channels,
+        f'the text encoder gives {width} numbers per token, the transformer reads {net.caption_channels} '
+        '(caption_channels)',
+    )
+    require(
+        path,
+        not net.get('guidance_embeds'),
+        'its transformer wants guidance as an input, as SANA-Sprint does',
+        'give a SANA that was not distilled',
+    )
+    return flow_teacher(
+        SanaTeacher, pipe, SanaTextEncoder(pipe.tokenizer, pipe.text_encoder, instruction), path, device
+    )
+
 def load_sana_student(path, device='cpu', dtype=torch.float32)->FlowStudent:
     "Open a saved SANA generator; raises `InputError`"
     return load_flow_student(load_sana, path, device, dtype)

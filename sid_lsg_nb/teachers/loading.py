@@ -37,34 +37,65 @@ class Layout:
     fixed:dict[str, dict] = field(default_factory=dict) # part -> entries of its config and their only value
     options:dict = field(default_factory=dict) # of the pipeline's class, besides its parts
     schedulers:tuple = (DPMSolverMultistepScheduler,) # made of the scheduler's config, besides its own class
+
 CLIP_TOKENIZERS, T5_TOKENIZERS = ('CLIPTokenizer', 'CLIPTokenizerFast'), ('T5Tokenizer', 'T5TokenizerFast')
 GEMMA_TOKENIZERS = ('GemmaTokenizer', 'GemmaTokenizerFast')
-UNUSED_PARTS = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermark') # no part of a distillation
-PLAIN_UNET = dict(class_embed_type=None, num_class_embeds=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
-                  time_cond_proj_dim=None, attention_type='default') # of a U-Net that takes x_t, t and text
-EXTRA_INPUTS = dict(class_embed_type='a class label', num_class_embeds='a class label', addition_embed_type='another input beside the time',
-              encoder_hid_dim='embeddings through a projection of its own', encoder_hid_dim_type='embeddings through a projection of its own',
-              time_cond_proj_dim='the guidance scale as an input (a distilled LCM, so it is no teacher)', attention_type='boxes or other grounding',
-              latents_mean='latents that are shifted', latents_std='latents that are scaled channel by channel', shift_factor='latents that are shifted')
+# no part of a distillation
+UNUSED_PARTS = ('safety_checker', 'feature_extractor', 'image_encoder', 'watermark')
+PLAIN_UNET = dict(
+    class_embed_type=None,
+    num_class_embeds=None,
+    encoder_hid_dim=None,
+    encoder_hid_dim_type=None,
+    time_cond_proj_dim=None,
+    attention_type='default',
+)  # of a U-Net that takes x_t, t and text
+EXTRA_INPUTS = dict(
+    class_embed_type='a class label',
+    num_class_embeds='a class label',
+    addition_embed_type='another input beside the time',
+    encoder_hid_dim='embeddings through a projection of its own',
+    encoder_hid_dim_type='embeddings through a projection of its own',
+    time_cond_proj_dim='the guidance scale as an input (a distilled LCM, so it is no teacher)',
+    attention_type='boxes or other grounding',
+    latents_mean='latents that are shifted',
+    latents_std='latents that are scaled channel by channel',
+    shift_factor='latents that are shifted',
+)
 PLAIN_VAE = dict(latents_mean=None, latents_std=None, shift_factor=None) # of a VAE that only scales
-SD_LAYOUT = Layout('StableDiffusionPipeline',
-    dict(unet=('UNet2DConditionModel',), vae=('AutoencoderKL',), text_encoder=('CLIPTextModel',), tokenizer=CLIP_TOKENIZERS),
-    fixed=dict(unet=PLAIN_UNET | dict(addition_embed_type=None), vae=PLAIN_VAE), options=dict(requires_safety_checker=False))
+SD_LAYOUT = Layout(
+    'StableDiffusionPipeline',
+    dict(
+        unet=('UNet2DConditionModel',),
+        vae=('AutoencoderKL',),
+        text_encoder=('CLIPTextModel',),
+        tokenizer=CLIP_TOKENIZERS,
+    ),
+    fixed=dict(unet=PLAIN_UNET | dict(addition_embed_type=None), vae=PLAIN_VAE),
+    options=dict(requires_safety_checker=False),
+)
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #83c143b8
 def reject(path, what:str, fix:str='take all parts from the same model'):
     "Raise `InputError`: this teacher, this fault, this cure"
     raise InputError(f'teacher {str(path)!r} {what}; {fix}')
+
 def print_once(text:str):
     "A line about what was opened, from the first of several processes"
     if os.environ.get('RANK', '0') == '0': print(text)
+
 def read_json(file, path)->dict:
     "A JSON object; raises `InputError` for a file that is missing or broken"
     try: found = json.loads(Path(file).read_text(encoding='utf-8'))
     except (OSError, ValueError) as e: found = str(e).splitlines()[0][:80]
     if isinstance(found, dict): return found
     name = '/'.join(Path(file).parts[-2:]) if Path(file).name != 'model_index.json' else 'model_index.json'
-    reject(path, f'has a {name} that cannot be read, a part is missing or broken ({found})', 'save or download it again')
+    reject(
+        path,
+        f'has a {name} that cannot be read, a part is missing or broken ({found})',
+        'save or download it again',
+    )
+
 def find_class(name:str):
     "A class of diffusers or transformers by its name; None for one that the installed versions do not have"
     return getattr(diffusers, name, None) or getattr(transformers, name, None)
@@ -75,47 +106,99 @@ def check_index(
     layout:Layout,
     path, # what the user wrote, for the messages
 )->dict[str, str]: # part -> class, of the parts that are there
-    "Which parts to open, the scheduler among them; raises `InputError` for parts that are missing, of another class, or not known"
+    "Which parts to open, the scheduler among them; raises `InputError` for parts missing, of another class, or not known"
     named = {k: v[-1] for k, v in index.items() if isinstance(v, list) and k[:1] != '_' and v[-1]}
     for part, kinds in layout.parts.items():
         if part not in named and part not in layout.optional:
-            reject(path, f'has no {part} in its index, a part is missing or broken', f'a {layout.pipeline} needs a {kinds[0]}: save or download it again')
+            reject(
+                path,
+                f'has no {part} in its index, a part is missing or broken',
+                f'a {layout.pipeline} needs a {kinds[0]}: save or download it again',
+            )
         if part in named and named[part] not in kinds:
-            reject(path, f'has a {part} of class {named[part]}', f'the {part} of a {layout.pipeline} must be a {" or ".join(kinds)} here')
-    if 'scheduler' not in named: reject(path, 'has no scheduler in its index, a part is missing or broken', 'save or download it again')
+            reject(
+                path,
+                f'has a {part} of class {named[part]}',
+                f'the {part} of a {layout.pipeline} must be a {" or ".join(kinds)} here',
+            )
+    if 'scheduler' not in named:
+        reject(
+            path, 'has no scheduler in its index, a part is missing or broken', 'save or download it again'
+        )
     if odd := [k for k in named if k not in (*layout.parts, *UNUSED_PARTS, 'scheduler')]:
-        reject(path, f'has parts that are not known here: {", ".join(f"{k} ({named[k]})" for k in odd)}', f'give a plain {layout.pipeline}')
+        reject(
+            path,
+            f'has parts that are not known here: {", ".join(f"{k} ({named[k]})" for k in odd)}',
+            f'give a plain {layout.pipeline}',
+        )
     return {k: v for k, v in named.items() if k not in UNUSED_PARTS}
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #ee22e698
-WEIGHTS_FILE = re.compile(r'(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[\w-]+))?\.(?P<kind>safetensors|bin)(?P<index>\.index(?:\.(?P<b>[\w-]+))?\.json)?')
+WEIGHTS_FILE = re.compile(
+    r'(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[\w-]+))?\.(?P<kind>safetensors|bin)(?P<index>\.index(?:\.(?P<b>[\w-]+))?\.json)?'
+)
 VARIANTS = (None, 'fp32', 'bf16', 'fp16', 'ema', 'non_ema') # variants, best first; others come after them
-def pick_weights_file(names)->tuple[str, str|None, bool]|None: # file or index of shards, variant, is it safetensors? None: there are none
+
+def pick_weights_file(
+    names, # of a part's files
+)->tuple[str, str|None, bool]|None: # file or index of shards, variant, is it safetensors? None: there are none
     "The best copy among the files of a part"
-    found = [(name, m['a'] or m['b'], m['kind'] == 'safetensors') for name in names if (m := WEIGHTS_FILE.fullmatch(name))]
+    found = [
+        (name, m['a'] or m['b'], m['kind'] == 'safetensors')
+        for name in names
+        if (m := WEIGHTS_FILE.fullmatch(name))
+    ]
     whole = [f for f in found if not re.search(r'-\d{5}-of-\d{5}', f[0])]
-    rank = lambda f: (VARIANTS.index(f[1]) if f[1] in VARIANTS else len(VARIANTS), not f[2], f[0].endswith('.json'), f[0])
+    rank = lambda f: (
+        VARIANTS.index(f[1]) if f[1] in VARIANTS else len(VARIANTS),
+        not f[2],
+        f[0].endswith('.json'),
+        f[0],
+    )
     return min(whole, key=rank, default=None)
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #c312a810
 def check_weights_file(file:Path, path):
     "Raise `InputError` for a file of weights that is not there, not whole, or something else; reads its header only"
-    if not file.is_file(): reject(path, f'lacks {file.parent.name}/{file.name}, a part is missing or broken', 'save or download it again')
+    if not file.is_file():
+        reject(
+            path,
+            f'lacks {file.parent.name}/{file.name}, a part is missing or broken',
+            'save or download it again',
+        )
     with open(file, 'rb') as f: head = f.read(40)
     if head.startswith(b'version https://git-lfs'):
-        reject(path, f'has a git-lfs pointer for {file.parent.name}/{file.name}, a part is missing or broken', 'run git lfs pull, or save or download it again')
+        reject(
+            path,
+            f'has a git-lfs pointer for {file.parent.name}/{file.name}, a part is missing or broken',
+            'run git lfs pull, or save or download it again',
+        )
     if file.suffix != '.safetensors': return
     try:
         with safe_open(file, 'pt'): pass
     except (SafetensorError, OSError) as e:
-        reject(path, f'could not be opened, a part is missing or broken ({file.parent.name}/{file.name}: {str(e)[:100]})', 'save or download it again')
+        reject(
+            path,
+            f'could not be opened, a part is missing or broken ({file.parent.name}/{file.name}: '
+            f'{str(e)[:100]})',
+            'save or download it again',
+        )
+
 def find_weights(folder:Path, path)->tuple[str|None, bool]: # variant, safetensors?
     "Which copy of a part's weights to read; raises `InputError` if there is none, or not all of it"
     picked = pick_weights_file([f.name for f in folder.iterdir()]) if folder.is_dir() else None
     if picked is None:
-        reject(path, f'has no weights in {folder.name}/ (.safetensors or .bin), a part is missing or broken', 'save or download it again')
+        reject(
+            path,
+            f'has no weights in {folder.name}/ (.safetensors or .bin), a part is missing or broken',
+            'save or download it again',
+        )
     file, variant, safe = picked
-    files = sorted(set(read_json(folder/file, path).get('weight_map', {}).values())) if file.endswith('.json') else [file]
+    files = (
+        sorted(set(read_json(folder/file, path).get('weight_map', {}).values()))
+        if file.endswith('.json')
+        else [file]
+    )
     for f in files: check_weights_file(folder/f, path)
     return variant, safe
 
@@ -126,8 +209,19 @@ def dtype_argument(
 )->dict: # for its from_pretrained
     "The number format under the name that the installed version takes"
     library = kind.__module__.split('.')[0]
-    new = tuple(map(int, re.findall(r'\d+', {'diffusers': diffusers, 'transformers': transformers}[library].__version__)[:2])) >= DTYPE_SINCE[library]
+    new = (
+        tuple(
+            map(
+                int,
+                re.findall(
+                    r'\d+', {'diffusers': diffusers, 'transformers': transformers}[library].__version__
+                )[:2],
+            )
+        )
+        >= DTYPE_SINCE[library]
+    )
     return {'dtype' if new else 'torch_dtype': dtype}
+
 DTYPE_SINCE = dict(diffusers=(0, 40), transformers=(4, 56)) # first version that says `dtype`
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #f97483c2
@@ -137,27 +231,66 @@ def load_part_config(folder:Path, kind:type, path):
     said = told.get('_class_name') or told.get('model_type')
     own = getattr(getattr(kind, 'config_class', None), 'model_type', None)
     fits = said in (None, kind.__name__) if own is None else said in (None, own, own.split('_')[0])
-    if not fits: reject(path, f'has a {folder.name} whose config is that of {said!r}, a part is missing or broken', f'its index says {kind.__name__}: save or download it again')
-    try: return kind.load_config(folder) if own is None else kind.config_class.from_pretrained(folder)
+    if not fits:
+        reject(
+            path,
+            f'has a {folder.name} whose config is that of {said!r}, a part is missing or broken',
+            f'its index says {kind.__name__}: save or download it again',
+        )
+    try:
+        return kind.load_config(folder) if own is None else kind.config_class.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as e:
-        reject(path, f'could not be opened, a part is missing or broken ({folder.name}/config.json: {str(e).splitlines()[0][:100]})', 'save or download it again')
+        reject(
+            path,
+            f'could not be opened, a part is missing or broken ({folder.name}/config.json: '
+            f'{str(e).splitlines()[0][:100]})',
+            'save or download it again',
+        )
+
 def check_part_config(config, fixed:dict, part:str, path):
     "Raise `InputError` for a network that wants what the method does not give"
     for k, value in fixed.items():
         found = config.get(k, value) if isinstance(config, dict) else getattr(config, k, value)
         if found != value and (found or value):
-            reject(path, f'has a {part} that wants {EXTRA_INPUTS.get(k, "something else")} ({k} {repr(found)[:40]})', 'which is not given here: take a model without it')
+            reject(
+                path,
+                f'has a {part} that wants {EXTRA_INPUTS.get(k, "something else")} ({k} {repr(found)[:40]})',
+                'which is not given here: take a model without it',
+            )
+
 def build_empty_part(folder:Path, kind:type, config):
     "The part without weights, on the meta device"
-    with torch.device('meta'): return kind.from_config(config) if hasattr(kind, 'load_config') else kind(config)
+    with torch.device('meta'):
+        return kind.from_config(config) if hasattr(kind, 'load_config') else kind(config)
+
 def load_part(folder:Path, kind:type, dtype:torch.dtype, path):
     "The part with its weights; raises `InputError` unless all of them are there"
     variant, safe = find_weights(folder, path)
-    more = dict(weights_only=True) if 'weights_only' in inspect.signature(kind.from_pretrained).parameters else {} # older ones always do
-    net, told = kind.from_pretrained(str(folder), variant=variant, use_safetensors=safe, output_loading_info=True, local_files_only=True, **more, **dtype_argument(kind, dtype))
+    # older ones always do
+    more = (
+        dict(weights_only=True)
+        if 'weights_only' in inspect.signature(kind.from_pretrained).parameters
+        else {}
+    )
+    net, told = kind.from_pretrained(
+        str(folder),
+        variant=variant,
+        use_safetensors=safe,
+        output_loading_info=True,
+        local_files_only=True,
+        **more,
+        **dtype_argument(kind, dtype),
+    )
     lost = [k for k in sorted(told['missing_keys']) if not k.endswith('position_ids')]
-    if lost: reject(path, f'has a {folder.name} that lacks {len(lost)} of its weights ({lost[0]}), a part is missing or broken', 'save or download it again')
+    if lost:
+        reject(
+            path,
+            f'has a {folder.name} that lacks {len(lost)} of its weights ({lost[0]}), a part is missing '
+            'or broken',
+            'save or download it again',
+        )
     return net
+
 def open_part(
     folder:Path, # of the part
     kind:type,
@@ -167,30 +300,68 @@ def open_part(
     weights:bool=True, # False: on the meta device, after every check that needs no weights
 ):
     "A network, tokenizer or text encoder; raises `InputError` for one that is missing, broken or of another kind"
-    if not folder.is_dir(): reject(path, f'has no {folder.name}/, a part is missing or broken (are the {folder.name} files missing?)', 'save or download it again')
-    failures = (OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError)
+    if not folder.is_dir():
+        reject(
+            path,
+            f'has no {folder.name}/, a part is missing or broken (are the {folder.name} files missing?)',
+            'save or download it again',
+        )
+    failures = (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        AttributeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    )
     try:
         if 'Tokenizer' in kind.__name__: return kind.from_pretrained(folder, local_files_only=True)
-        config = load_part_config(folder, kind, path); check_part_config(config, fixed, folder.name, path); find_weights(folder, path)
+        config = load_part_config(folder, kind, path)
+        check_part_config(config, fixed, folder.name, path)
+        find_weights(folder, path)
         return load_part(folder, kind, dtype, path) if weights else build_empty_part(folder, kind, config)
     except InputError: raise
     except failures as e:
         said = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
-        reject(path, f'could not be opened, a part is missing or broken ({folder.name}: {said})', 'save or download it again')
+        reject(
+            path,
+            f'could not be opened, a part is missing or broken ({folder.name}: {said})',
+            'save or download it again',
+        )
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #2250d37c
-TRAINED_WITH = ('prediction_type', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'num_train_timesteps', 'rescale_betas_zero_snr', 'shift',
-         'flow_shift', 'use_flow_sigmas', 'use_dynamic_shifting', 'stochastic_sampling') # what the network was trained with
+TRAINED_WITH = (
+    'prediction_type',
+    'beta_start',
+    'beta_end',
+    'beta_schedule',
+    'trained_betas',
+    'num_train_timesteps',
+    'rescale_betas_zero_snr',
+    'shift',
+    'flow_shift',
+    'use_flow_sigmas',
+    'use_dynamic_shifting',
+    'stochastic_sampling',
+)  # what the network was trained with
+
 def scheduler_error(kinds, config:dict)->str: # '': none
     "What the installed diffusers says to a scheduler's config, in each of these classes"
     for kind in kinds:
         try:
             scheduler = kind.from_config(config)
             if not config.get('use_dynamic_shifting'): scheduler.set_timesteps(2)
-        except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, IndexError, RuntimeError) as e:
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as e:
             return (str(e).strip().splitlines() or [type(e).__name__])[0][:120]
     return ''
-def repair_scheduler_config(kinds, config:dict, path)->tuple[dict, list[str]]: # a config that works, and the entries that were left out
+
+def repair_scheduler_config(
+    kinds, # classes that shall be made of it
+    config:dict,
+    path, # for the message
+)->tuple[dict, list[str]]: # a config that works, and the entries that were left out
     "Leave out what no longer means anything: one entry if that is enough; raises `InputError` when nothing helps"
     said = scheduler_error(kinds, config)
     if not said: return config, []
@@ -198,7 +369,12 @@ def repair_scheduler_config(kinds, config:dict, path)->tuple[dict, list[str]]: #
     for left_out in (*([k] for k in loose), loose):
         rest = {k: v for k, v in config.items() if k not in left_out}
         if not scheduler_error(kinds, rest): return rest, left_out
-    reject(path, f'has a scheduler config that the installed diffusers cannot use ({said})', 'take the scheduler of a model of the same family')
+    reject(
+        path,
+        f'has a scheduler config that the installed diffusers cannot use ({said})',
+        'take the scheduler of a model of the same family',
+    )
+
 def open_scheduler(
     folder:Path, # of the scheduler
     name:str, # its class, as the index has it
@@ -207,16 +383,31 @@ def open_scheduler(
     prediction_type:str='', # if given, instead of what the config says
 ):
     "The scheduler, with diffusers' defaults for entries that mean nothing any more; raises `InputError`"
-    config = read_json(folder/'scheduler_config.json', path); kind = find_class(name)
+    config = read_json(folder/'scheduler_config.json', path)
+    kind = find_class(name)
     if prediction_type: config['prediction_type'] = prediction_type
-    if kind is None: print_once(f'teacher {str(path)!r}: the installed diffusers has no {name}; the noise levels of its config go into a DDIMScheduler')
+    if kind is None:
+        print_once(
+            f'teacher {str(path)!r}: the installed diffusers has no {name}; the noise levels of its config '
+            'go into a DDIMScheduler'
+        )
     if kind and config.get('rescale_betas_zero_snr') and 'rescale_betas_zero_snr' not in inspect.signature(kind.__init__).parameters:
-        print_once(f'teacher {str(path)!r}: {name} does not know rescale_betas_zero_snr; the noise levels of its config go into a DDIMScheduler'); kind = None
+        print_once(
+            f'teacher {str(path)!r}: {name} does not know rescale_betas_zero_snr; the noise levels of its '
+            'config go into a DDIMScheduler'
+        )
+        kind = None
     kind = kind or DDIMScheduler
-    if not (hasattr(kind, 'from_config') and hasattr(kind, 'set_timesteps')): reject(path, f'has a scheduler of class {name}', 'take the scheduler of the same model')
+    if not (hasattr(kind, 'from_config') and hasattr(kind, 'set_timesteps')):
+        reject(path, f'has a scheduler of class {name}', 'take the scheduler of the same model')
     usable = (kind, *schedulers) if 'alphas_cumprod' in inspect.getsource(kind.__init__) else (kind,)
     config, left_out = repair_scheduler_config(usable, config, path)
-    if left_out: print_once(f'teacher {str(path)!r}: {", ".join(left_out)} of its scheduler mean{"s"*(len(left_out) == 1)} nothing to diffusers {diffusers.__version__}, whose own default is taken')
+    if left_out:
+        print_once(
+            f'teacher {str(path)!r}: {", ".join(left_out)} of its scheduler '
+            f'mean{"s" * (len(left_out) == 1)} nothing to diffusers {diffusers.__version__}, whose own '
+            'default is taken'
+        )
     return kind.from_config(config)
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #77223642
@@ -226,21 +417,33 @@ def files_to_fetch(names:list[str], parts)->list[str]:
     for part in parts:
         inside = [n.split('/', 1)[1] for n in names if n.startswith(f'{part}/')]
         file, variant, safe = pick_weights_file(inside) or ('', None, True)
-        shard = re.compile((file.split('.')[0] or '-') + (rf'(\.{variant})?' if variant else '') + r'-\d{5}-of-\d{5}' + (rf'(\.{variant})?' if variant else '') + r'\.(safetensors|bin)')
-        shards = [n for n in inside if shard.fullmatch(n) and n.endswith('.safetensors') == safe] if file.endswith('.json') else []
+        shard = re.compile(
+            (file.split('.')[0] or '-')
+            + (rf'(\.{variant})?' if variant else '')
+            + r'-\d{5}-of-\d{5}'
+            + (rf'(\.{variant})?' if variant else '')
+            + r'\.(safetensors|bin)'
+        )
+        shards = (
+            [n for n in inside if shard.fullmatch(n) and n.endswith('.safetensors') == safe]
+            if file.endswith('.json')
+            else []
+        )
         small = [n for n in inside if n.endswith(('.json', '.txt', '.model')) and '.index.' not in n]
         wanted += [f'{part}/{n}' for n in (*small, *([file] if file else []), *shards)]
     return [n for n in wanted if n in names]
+
 def find_in_cache(repo:str)->Path|None:
     "The snapshot of a hub repository that is on this machine, if there is one"
     try: return Path(hub.snapshot_download(repo, local_files_only=True))
     except (OSError, ValueError): return None
+
 def fetch_pipeline(
     where:str, # a folder, or a hub id
     parts, # names of the parts that are needed
     path, # what the user wrote, for the messages
 )->Path: # a folder
-    "A pipeline's folder; a hub id is fetched, or taken from the cache; raises `InputError` for one that cannot be had"
+    "A pipeline's folder; a hub id is fetched, or taken from the cache; raises `InputError` if neither works"
     if Path(where).is_dir(): return Path(where)
     refusals = (OSError, ValueError, *HfHubHTTPError.__bases__)
     try:
@@ -248,7 +451,10 @@ def fetch_pipeline(
         return Path(hub.snapshot_download(where, allow_patterns=files_to_fetch(names, parts)))
     except refusals as e:
         if cached := find_in_cache(where): return cached
-        raise InputError(f'teacher {str(path)!r} is no folder here and could not be fetched from the hub; check the spelling, or download it where there is a network (hf download {path}) and give the folder') from e
+        raise InputError(
+            f'teacher {str(path)!r} is no folder here and could not be fetched from the hub; check the '
+            f'spelling, or download it where there is a network (hf download {path}) and give the folder'
+        ) from e
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #904a7cde
 def open_pipeline(
@@ -259,24 +465,46 @@ def open_pipeline(
     prediction_type:str='', # if given, instead of what the scheduler's config says
     weights:bool=True, # False: networks on the meta device, after every check that needs no weights
 ):
-    "A pipeline of diffusers made of the parts that its layout names; raises `InputError` for anything that does not fit"
+    "A pipeline of diffusers made of the parts that its layout names; raises `InputError` for what does not fit"
     folder = fetch_pipeline(where, (*layout.parts, 'scheduler'), path)
-    index = read_json(folder/'model_index.json', path); named = check_index(index, layout, path)
-    typed = lambda part: dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(part, dtypes.get('', torch.float32))
-    made = dict(scheduler=open_scheduler(folder/'scheduler', named['scheduler'], path, layout.schedulers, prediction_type))
+    index = read_json(folder/'model_index.json', path)
+    named = check_index(index, layout, path)
+    typed = lambda part: (
+        dtypes if isinstance(dtypes, torch.dtype) else dtypes.get(part, dtypes.get('', torch.float32))
+    )
+    made = dict(
+        scheduler=open_scheduler(
+            folder/'scheduler', named['scheduler'], path, layout.schedulers, prediction_type
+        )
+    )
     for part in layout.parts:
-        if part not in named: made[part] = None; continue
-        made[part] = open_part(folder/part, find_class(named[part]), typed(part), path, layout.fixed.get(part, {}), weights)
+        if part not in named:
+            made[part] = None
+            continue
+        made[part] = open_part(
+            folder/part, find_class(named[part]), typed(part), path, layout.fixed.get(part, {}), weights
+        )
     if weights: print_variants(folder, named, path)
     return assemble_pipeline(layout, index, made)
+
 def assemble_pipeline(layout:Layout, index:dict, made:dict):
     "The pipeline of these parts, with the switches of its index"
-    kind = getattr(diffusers, layout.pipeline); takes = inspect.signature(kind.__init__).parameters
+    kind = getattr(diffusers, layout.pipeline)
+    takes = inspect.signature(kind.__init__).parameters
     own = {k: v for k, v in index.items() if k in takes and not isinstance(v, list)} | layout.options
     nobody = {k: None for k, p in takes.items() if k in UNUSED_PARTS and p.default is inspect.Parameter.empty}
     return kind(**(nobody | own | made))
+
 def print_variants(folder:Path, parts, path):
     "Say which parts came from another copy than the full one"
-    found = {part: pick_weights_file([f.name for f in (folder/part).iterdir()]) for part in parts if (folder/part).is_dir()}
+    found = {
+        part: pick_weights_file([f.name for f in (folder/part).iterdir()])
+        for part in parts
+        if (folder/part).is_dir()
+    }
     odd = {part: v[1] for part, v in found.items() if v and v[1]}
-    if odd: print_once(f'teacher {str(path)!r}: read from the {", ".join(sorted(set(odd.values())))} files of {", ".join(odd)}; there are no others')
+    if odd:
+        print_once(
+            f'teacher {str(path)!r}: read from the {", ".join(sorted(set(odd.values())))} files of '
+            f'{", ".join(odd)}; there are no others'
+        )

@@ -21,24 +21,44 @@ from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class
 from .student import Student, student_folder, betas_until
 
 # %% ../../nbs/2_teachers/06_pixart.ipynb #8cce8d98
-PIXART_PIPELINES = dict(PixArtAlphaPipeline=(PixArtAlphaPipeline, 120), PixArtSigmaPipeline=(PixArtSigmaPipeline, 300))   # class, and tokens per prompt
+# class, and tokens per prompt
+PIXART_PIPELINES = dict(
+    PixArtAlphaPipeline=(PixArtAlphaPipeline, 120), PixArtSigmaPipeline=(PixArtSigmaPipeline, 300)
+)
 
 # %% ../../nbs/2_teachers/06_pixart.ipynb #af00bb41
 class PixArtTextEncoder:
     "Prompts to `Cond`, as PixArt's pipeline does it with `clean_caption=False`; the null prompt is encoded once"
+
     def __init__(self,
         tokenizer, # T5's
         model:nn.Module, # a T5 encoder
         length:int=120, # tokens per prompt: 120 for alpha, 300 for sigma
         micro:Cond|None=None, # `resolution` and `aspect_ratio`, one row each, for the networks that take them
-    ): self.tokenizer, self.model, self.length, self.micro, self._null = tokenizer, model, length, micro or {}, None
+    ):
+        self.tokenizer, self.model, self.length = tokenizer, model, length
+        self.micro, self._null = micro or {}, None
+
     def tokens(self, prompts:list[str]): # input_ids and attention_mask, [B, L] integers
         "Lower case, cut or padded to the length"
-        return self.tokenizer([p.lower().strip() for p in prompts], padding='max_length', max_length=self.length, truncation=True, return_tensors='pt')
+        return self.tokenizer(
+            [p.lower().strip() for p in prompts],
+            padding='max_length',
+            max_length=self.length,
+            truncation=True,
+            return_tensors='pt',
+        )
+
     @torch.no_grad()
-    def __call__(self, prompts:list[str])->Cond: # encoder_hidden_states [B,L,D] float32, encoder_attention_mask [B,L] integers, and `micro`
+    def __call__(self,
+        prompts:list[str],
+    )->Cond: # encoder_hidden_states [B,L,D] float32, encoder_attention_mask [B,L] integers, and `micro`
         words = {k: to_device(v, self.model.device) for k, v in self.tokens(prompts).items()}
-        return dict(encoder_hidden_states=self.model(**words)[0].float(), encoder_attention_mask=words['attention_mask']) | cond_expand(self.micro, len(prompts))
+        return dict(
+            encoder_hidden_states=self.model(**words)[0].float(),
+            encoder_attention_mask=words['attention_mask'],
+        ) | cond_expand(self.micro, len(prompts))
+
     def null(self)->Cond: # the same, one row
         "The conditioning of \"\""
         if self._null is None: self._null = self([''])
@@ -47,11 +67,18 @@ class PixArtTextEncoder:
 # %% ../../nbs/2_teachers/06_pixart.ipynb #d19a24a5
 class PixArtDenoiser(Denoiser):
     "y = E[x_0 | x_t, cond] from a `PixArtTransformer2DModel`"
+
     def predict(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C or 2C,H,W]
         "Text, its mask, and the picture's size where the network wants it"
         micro = {k: cond.get(k) for k in ('resolution', 'aspect_ratio')}
-        return self.net(x_t, encoder_hidden_states=cond['encoder_hidden_states'], encoder_attention_mask=cond['encoder_attention_mask'],
-                        timestep=t, added_cond_kwargs=micro, return_dict=False)[0]
+        return self.net(
+            x_t,
+            encoder_hidden_states=cond['encoder_hidden_states'],
+            encoder_attention_mask=cond['encoder_attention_mask'],
+            timestep=t,
+            added_cond_kwargs=micro,
+            return_dict=False,
+        )[0]
 
 # %% ../../nbs/2_teachers/06_pixart.ipynb #8b6125b5
 def one_step_lms_scheduler(
@@ -60,13 +87,18 @@ def one_step_lms_scheduler(
 )->LMSDiscreteScheduler:
     "A stock scheduler whose single step is our generator, in any precision: starts at t_init, ends at x_0"
     betas = betas_until(scheduler, t_init)
-    return LMSDiscreteScheduler(trained_betas=betas, num_train_timesteps=len(betas), timestep_spacing='trailing',
-                                prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
+    return LMSDiscreteScheduler(
+        trained_betas=betas,
+        num_train_timesteps=len(betas),
+        timestep_spacing='trailing',
+        prediction_type=scheduler.config.get('prediction_type', 'epsilon'),
+    )
 
 # %% ../../nbs/2_teachers/06_pixart.ipynb #352b6e82
 @dataclass
 class PixArtTeacher(Teacher):
     "A PixArt pipeline, seen as its parts"
+
     def save(self,
         net:Denoiser, # the generator, best its EMA
         folder, # where; replaced if it exists
@@ -74,16 +106,26 @@ class PixArtTeacher(Teacher):
     )->Path: # the folder
         "Write the generator as a complete pipeline that stock diffusers opens: whole, or not at all"
         low = next(net.parameters()).dtype
-        text, vae = (m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.text.model, self.vae))
-        pipe = type(self.pipe)(self.pipe.tokenizer, text, vae, net.net, one_step_lms_scheduler(self.pipe.scheduler, t_init))
+        text, vae = (
+            m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.text.model, self.vae)
+        )
+        pipe = type(self.pipe)(
+            self.pipe.tokenizer, text, vae, net.net, one_step_lms_scheduler(self.pipe.scheduler, t_init)
+        )
         with atomic_folder(folder) as tmp:
             pipe.save_pretrained(tmp)
-            if (pieces := Path(getattr(pipe.tokenizer, 'vocab_file', None) or '')).is_file(): shutil.copy(pieces, tmp/'tokenizer')
+            if (pieces := Path(getattr(pipe.tokenizer, 'vocab_file', None) or '')).is_file():
+                shutil.copy(pieces, tmp/'tokenizer')
         return Path(folder)
 
 # %% ../../nbs/2_teachers/06_pixart.ipynb #0e045d6c
-PIXART_PARTS = dict(transformer=('PixArtTransformer2DModel', 'Transformer2DModel'), # the second: folders from before 0.29
-                    vae=('AutoencoderKL',), text_encoder=('T5EncoderModel',), tokenizer=T5_TOKENIZERS)
+PIXART_PARTS = dict(
+    transformer=('PixArtTransformer2DModel', 'Transformer2DModel'),  # the second: folders from before 0.29
+    vae=('AutoencoderKL',),
+    text_encoder=('T5EncoderModel',),
+    tokenizer=T5_TOKENIZERS,
+)
+
 def read_pixart(
     where:str, # from `find_pipeline`
     path:str, # what the user wrote, for the messages
@@ -94,9 +136,15 @@ def read_pixart(
 )->DiffusionPipeline:
     "Open part by part; raises `InputError` for another pipeline, and for missing or broken files"
     found = pipeline_class(where, path)
-    if found not in PIXART_PIPELINES: raise InputError(f'teacher {path!r} is a {found}; this loader opens {" and ".join(PIXART_PIPELINES)}')
-    layout = Layout(found, PIXART_PARTS, fixed=dict(transformer=dict(norm_type='ada_norm_single'), vae=PLAIN_VAE))
-    return open_pipeline(where, path, layout, {'': dtype, 'text_encoder': text_dtype}, prediction_type, weights)
+    if found not in PIXART_PIPELINES:
+        raise InputError(f'teacher {path!r} is a {found}; this loader opens {" and ".join(PIXART_PIPELINES)}')
+    layout = Layout(
+        found, PIXART_PARTS, fixed=dict(transformer=dict(norm_type='ada_norm_single'), vae=PLAIN_VAE)
+    )
+    return open_pipeline(
+        where, path, layout, {'': dtype, 'text_encoder': text_dtype}, prediction_type, weights
+    )
+
 def check_pixart(
     pipe:DiffusionPipeline, # just loaded
     path:str, # for the messages
@@ -104,14 +152,41 @@ def check_pixart(
     "Raise `InputError` when tokenizer, text encoder, transformer and VAE do not fit together"
     net, words = pipe.transformer.config, pipe.tokenizer
     def need(fits, what):
-        if not fits: raise InputError(f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model')
-    need(words is not None and words.unk_token_id not in words('a photo').input_ids, 'the tokenizer does not know the words "a photo" (are the tokenizer files missing?)')
+        if not fits:
+            raise InputError(
+                f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model'
+            )
+    need(
+        words is not None and words.unk_token_id not in words('a photo').input_ids,
+        'the tokenizer does not know the words "a photo" (are the tokenizer files missing?)',
+    )
     width = net.caption_channels or net.cross_attention_dim
-    need(pipe.text_encoder.config.d_model == width, f'the text encoder gives {pipe.text_encoder.config.d_model} numbers per token, the transformer reads {width} (caption_channels)')
-    need(len(words) <= pipe.text_encoder.config.vocab_size, f'the tokenizer has {len(words)} tokens, the text encoder knows {pipe.text_encoder.config.vocab_size}')
-    need(pipe.vae.config.latent_channels == net.in_channels, f'the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes {net.in_channels}')
-    need(net.out_channels in (net.in_channels, 2*net.in_channels), f'the transformer answers with {net.out_channels} channels to {net.in_channels}; only a prediction, with or without a variance, is known')
-    need(not pipe.transformer.use_additional_conditions or micro_conditions(pipe), f'the transformer wants the picture\'s size, which {type(pipe).__name__} does not give it at sample_size {net.sample_size}')
+    need(
+        pipe.text_encoder.config.d_model == width,
+        f'the text encoder gives {pipe.text_encoder.config.d_model} numbers per token, the transformer '
+        f'reads {width} (caption_channels)',
+    )
+    need(
+        len(words) <= pipe.text_encoder.config.vocab_size,
+        f'the tokenizer has {len(words)} tokens, the text encoder knows '
+        f'{pipe.text_encoder.config.vocab_size}',
+    )
+    need(
+        pipe.vae.config.latent_channels == net.in_channels,
+        f'the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes '
+        f'{net.in_channels}',
+    )
+    need(
+        net.out_channels in (net.in_channels, 2*net.in_channels),
+        f'the transformer answers with {net.out_channels} channels to {net.in_channels}; only a prediction, '
+        'with or without a variance, is known',
+    )
+    need(
+        not pipe.transformer.use_additional_conditions or micro_conditions(pipe),
+        f'the transformer wants the picture\'s size, which {type(pipe).__name__} does not give it at '
+        f'sample_size {net.sample_size}',
+    )
+
 def micro_conditions(pipe:DiffusionPipeline)->Cond: # one row each; empty if it gives none
     "Size and shape of the picture, where the stock pipeline tells them: PixArt-alpha at 1024 pixels"
     if not (isinstance(pipe, PixArtAlphaPipeline) and pipe.transformer.config.sample_size == 128): return {}
@@ -126,12 +201,22 @@ def load_pixart(
     text_dtype:torch.dtype|None=None, # of the text encoder, if it shall be another; bfloat16 halves its 19 GB
     prediction_type:str='', # if given, instead of what the scheduler's config says
 )->PixArtTeacher:
-    "Open a PixArt-alpha or PixArt-sigma pipeline as a frozen teacher; raises `InputError` for anything that is none"
-    pipe = read_pixart(find_pipeline(path), str(path), dtype, text_dtype or dtype, prediction_type, str(device) != 'meta')
-    check_pixart(pipe, str(path)); schedule = DiscreteSchedule.from_scheduler(pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True); pipe.text_encoder.to(device)
-    nn.ModuleList([pipe.transformer, pipe.vae]).to(device, dtype); nn.ModuleList([pipe.transformer, pipe.vae, pipe.text_encoder]).eval().requires_grad_(False)
-    text = PixArtTextEncoder(pipe.tokenizer, pipe.text_encoder, PIXART_PIPELINES[type(pipe).__name__][1], {k: v.to(device) for k, v in micro_conditions(pipe).items()})
+    "Open a PixArt-alpha or -sigma pipeline as a frozen teacher; raises `InputError` for anything that is none"
+    pipe = read_pixart(
+        find_pipeline(path), str(path), dtype, text_dtype or dtype, prediction_type, str(device) != 'meta'
+    )
+    check_pixart(pipe, str(path))
+    schedule = DiscreteSchedule.from_scheduler(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.text_encoder.to(device)
+    nn.ModuleList([pipe.transformer, pipe.vae]).to(device, dtype)
+    nn.ModuleList([pipe.transformer, pipe.vae, pipe.text_encoder]).eval().requires_grad_(False)
+    text = PixArtTextEncoder(
+        pipe.tokenizer,
+        pipe.text_encoder,
+        PIXART_PIPELINES[type(pipe).__name__][1],
+        {k: v.to(device) for k, v in micro_conditions(pipe).items()},
+    )
     return PixArtTeacher(PixArtDenoiser(pipe.transformer, schedule), text, pipe.vae, pipe, str(path))
 
 # %% ../../nbs/2_teachers/06_pixart.ipynb #7a85f9a3
@@ -141,6 +226,7 @@ class PixArtStudent(Student):
     call_options, pipeline_options = dict(clean_caption=False, use_resolution_binning=False), {}
     @property
     def net(self): return self.pipe.transformer
+
 def load_pixart_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
@@ -149,9 +235,13 @@ def load_pixart_student(
     "Open what `PixArtTeacher` saved; raises `InputError` when it is none"
     folder = student_folder(path)
     pipe = read_pixart(str(folder), str(path), dtype, dtype).to(device)
-    if pipe.scheduler.config.get('trained_betas') is None: raise InputError(f'{str(path)!r} is a many-step model, not a one-step student; open it with load_pixart')
+    if pipe.scheduler.config.get('trained_betas') is None:
+        raise InputError(
+            f'{str(path)!r} is a many-step model, not a one-step student; open it with load_pixart'
+        )
     pipe.set_progress_bar_config(disable=True)
     return PixArtStudent(pipe)
 
 # %% ../../nbs/2_teachers/06_pixart.ipynb #1ace053d
-PIXART_512 = dict(sample_size=64, caption_channels=4096)     # published config of PixArt-XL-2-512x512; the rest are the defaults of `PixArtTransformer2DModel`
+# published config of PixArt-XL-2-512x512; the rest are the defaults of `PixArtTransformer2DModel`
+PIXART_512 = dict(sample_size=64, caption_channels=4096)

@@ -27,23 +27,33 @@ def with_dtype(teacher:EDMTeacher, dtype:torch.dtype)->EDMTeacher:
     "The same, its weights in another type"
     teacher.denoiser.net.to(dtype)
     return teacher
+
 def load_pixart_low_text(path, device, dtype, prediction_type='')->PixArtTeacher:
     "PixArt with its 4.8 billion weights of text encoder in bfloat16 on a GPU, as T5 is published"
     low = torch.bfloat16 if torch.device(device).type == 'cuda' else dtype
     return load_pixart(path, device, dtype, low, prediction_type)
+
 def without_prediction_type(load):
     "A loader of a kind whose networks all predict the same; raises `InputError` for a wish"
     def loader(path, device, dtype, prediction_type=''):
-        if prediction_type: raise InputError(f'--prediction-type {prediction_type} says nothing about teacher {str(path)!r}, whose kind predicts one thing only; leave it away')
+        if prediction_type:
+            raise InputError(
+                f'--prediction-type {prediction_type} says nothing about teacher {str(path)!r}, whose kind '
+                'predicts one thing only; leave it away'
+            )
         return load(path, device, dtype)
     return loader
+
 @dataclass(frozen=True)
 class Family:
     "A kind of teacher"
     teacher:Callable # (path, device, dtype, prediction_type) -> a teacher, frozen
     student:Callable # (path, device, dtype) -> a callable (prompts, seeds, steps) -> pictures
-EDM_FAMILY = Family(without_prediction_type(lambda path, device, dtype: with_dtype(load_edm(path, device), dtype)),
-                    lambda path, device, dtype: EDMStudent(with_dtype(load_edm_student(path, device).teacher, dtype)))
+
+EDM_FAMILY = Family(
+    without_prediction_type(lambda path, device, dtype: with_dtype(load_edm(path, device), dtype)),
+    lambda path, device, dtype: EDMStudent(with_dtype(load_edm_student(path, device).teacher, dtype)),
+)
 FAMILIES = {
     'StableDiffusionPipeline': Family(load_sd, load_sd_student),
     'StableDiffusionXLPipeline': Family(load_sdxl, load_sdxl_student),
@@ -53,18 +63,22 @@ FAMILIES = {
     'SanaPipeline': Family(without_prediction_type(load_sana), load_sana_student),
     'EDM': EDM_FAMILY,
 }
+
 def family_of(path)->str: # a key of `FAMILIES`
     "Which family a teacher belongs to; raises `InputError` for none, or one that is not known"
     if is_edm(path): return 'EDM'
     if is_single_file(path): return detect_model(read_single_file(path)[0], path).layout.pipeline
     found = pipeline_class(find_pipeline(path), str(path))
-    if found not in FAMILIES: raise InputError(f'teacher {str(path)!r} is a {found}; supported are {", ".join(FAMILIES)}')
+    if found not in FAMILIES:
+        raise InputError(f'teacher {str(path)!r} is a {found}; supported are {", ".join(FAMILIES)}')
     return found
+
 def is_here(path)->bool:
     "Is a teacher on this machine, or to be fetched first? Raises `InputError` for a path that can be neither"
     if is_edm(path) or is_single_file(path): return True
     where = find_pipeline(path)
     return Path(where).is_dir() or find_in_cache(where) is not None
+
 def open_teacher(
     path='embedded', # "embedded", a diffusers folder, a hub id, one .safetensors or .ckpt file, or an EDM network
     device='cpu', # where it lives; "meta": without weights, after every check that needs none
@@ -74,14 +88,20 @@ def open_teacher(
     "A frozen teacher of whatever family; raises `InputError` for anything that is none"
     if is_single_file(path):
         pipe = open_single_file(path, prediction_type, dtype, str(device) != 'meta')
-        return (sdxl_teacher if isinstance(pipe, StableDiffusionXLPipeline) else sd_teacher)(pipe, path, device, dtype)
+        return (sdxl_teacher if isinstance(pipe, StableDiffusionXLPipeline) else sd_teacher)(
+            pipe, path, device, dtype
+        )
     return FAMILIES[family_of(path)].teacher(path, device, dtype, prediction_type)
+
 def open_student(
     path, # run folder, or the generator/ inside it
     device='cpu',
     dtype:torch.dtype=torch.float32,
 ):
-    "A saved generator of whatever family: `(prompts, seeds, steps) -> [B,3,H,W]`; raises `InputError` for anything that is none"
-    folder = Path(path).expanduser(); folder = folder/'generator' if (folder/'generator').is_dir() else folder
-    if not is_edm(folder) and not (folder/'model_index.json').is_file(): return load_sd_student(path)             # which says what is missing
+    "A saved generator, `(prompts, seeds, steps) -> [B,3,H,W]`; raises `InputError` for anything that is none"
+    folder = Path(path).expanduser()
+    folder = folder/'generator' if (folder/'generator').is_dir() else folder
+    # which says what is missing
+    if not is_edm(folder) and not (folder/'model_index.json').is_file():
+        return load_sd_student(path)
     return FAMILIES[family_of(folder)].student(folder, device, dtype)

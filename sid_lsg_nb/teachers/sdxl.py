@@ -17,30 +17,64 @@ from ..core import Cond, InputError, atomic_folder, to_device
 from ..method.schedule import DiscreteSchedule
 from .loading import CLIP_TOKENIZERS, PLAIN_VAE, PLAIN_UNET, Layout, open_pipeline
 from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class
-from .student import Student, one_step_scheduler, prefix_text_keys, student_folder, write_vocab_files
+from sid_lsg_nb.teachers.student import (
+    Student,
+    one_step_scheduler,
+    prefix_text_keys,
+    student_folder,
+    write_vocab_files,
+)
 
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #e8efb17b
 class SDXLTextEncoder:
     "Prompts to `Cond`, as SDXL's pipeline does it; the null prompt is made once"
+
     def __init__(self,
         tokenizers, # two CLIP tokenizers
         models, # two CLIP text models, the second with projection
-        time_ids:tuple=(1024, 1024, 0, 0, 1024, 1024), # original height and width, top and left of the crop, target height and width
+        time_ids:tuple=(1024, 1024, 0, 0, 1024, 1024), # original size, top and left of the crop, target size
         force_zeros:bool=True, # the empty prompt is zeros; False: it is encoded
-    ): self.tokenizers, self.models, self.time_ids, self.force_zeros, self._null = tuple(tokenizers), tuple(models), tuple(time_ids), force_zeros, None
+    ):
+        self.tokenizers, self.models = tuple(tokenizers), tuple(models)
+        self.time_ids, self.force_zeros, self._null = tuple(time_ids), force_zeros, None
+
     @property
     def model(self)->nn.Module: return self.models[0]
+
     def tokens(self, prompts:list[str])->list[Tensor]: # two of [B, L], integers
         "Cut or padded to each model's length"
-        return [t(prompts, padding='max_length', max_length=t.model_max_length, truncation=True, return_tensors='pt').input_ids for t in self.tokenizers]
+        return [
+            t(
+                prompts,
+                padding='max_length',
+                max_length=t.model_max_length,
+                truncation=True,
+                return_tensors='pt',
+            ).input_ids
+            for t in self.tokenizers
+        ]
+
     @torch.no_grad()
-    def __call__(self, prompts:list[str])->Cond: # encoder_hidden_states [B,L,D1+D2] and text_embeds [B,P], float32; time_ids [B,6], integers
-        said = [m(to_device(ids, m.device), output_hidden_states=True) for m, ids in zip(self.models, self.tokens(prompts))]
+    def __call__(self,
+        prompts:list[str],
+    )->Cond: # encoder_hidden_states [B,L,D1+D2] and text_embeds [B,P], float32; time_ids [B,6], integers
+        said = [
+            m(to_device(ids, m.device), output_hidden_states=True)
+            for m, ids in zip(self.models, self.tokens(prompts))
+        ]
         words, pooled = torch.cat([s.hidden_states[-2] for s in said], -1).float(), said[1][0].float()
         if self.force_zeros:
             spoken = to_device(torch.tensor([p != '' for p in prompts]), words.device)
-            words, pooled = torch.where(spoken[:, None, None], words, 0.), torch.where(spoken[:, None], pooled, 0.)
-        return dict(encoder_hidden_states=words, text_embeds=pooled, time_ids=to_device(torch.tensor([self.time_ids]), words.device).repeat(len(prompts), 1))
+            words, pooled = (
+                torch.where(spoken[:, None, None], words, 0.0),
+                torch.where(spoken[:, None], pooled, 0.0),
+            )
+        return dict(
+            encoder_hidden_states=words,
+            text_embeds=pooled,
+            time_ids=to_device(torch.tensor([self.time_ids]), words.device).repeat(len(prompts), 1),
+        )
+
     def null(self)->Cond: # the same, one row
         "The conditioning of \"\""
         if self._null is None: self._null = self([''])
@@ -49,6 +83,7 @@ class SDXLTextEncoder:
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #a0598af0
 class SDXLDenoiser(Denoiser):
     "y = E[x_0 | x_t, cond] from SDXL's `UNet2DConditionModel`"
+
     def predict(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C,H,W]
         "Text by cross-attention; pooled text and frame beside the time"
         beside = {k: cond[k] for k in ('text_embeds', 'time_ids')}
@@ -58,6 +93,7 @@ class SDXLDenoiser(Denoiser):
 @dataclass
 class SDXLTeacher(Teacher):
     "An SDXL pipeline, seen as its parts"
+
     def save(self,
         net:Denoiser, # the generator, best its EMA
         folder, # where; replaced if it exists
@@ -65,21 +101,42 @@ class SDXLTeacher(Teacher):
     )->Path: # the folder
         "Write the generator as a complete pipeline that stock diffusers opens: whole, or not at all"
         low, p = next(net.parameters()).dtype, self.pipe
-        vae, first, second = (m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.vae, *self.text.models))
-        pipe = StableDiffusionXLPipeline(vae, first, second, *self.text.tokenizers, net.net, one_step_scheduler(p.scheduler, t_init),
-                                         force_zeros_for_empty_prompt=p.config.force_zeros_for_empty_prompt, add_watermarker=False)
+        vae, first, second = (
+            m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.vae, *self.text.models)
+        )
+        pipe = StableDiffusionXLPipeline(
+            vae,
+            first,
+            second,
+            *self.text.tokenizers,
+            net.net,
+            one_step_scheduler(p.scheduler, t_init),
+            force_zeros_for_empty_prompt=p.config.force_zeros_for_empty_prompt,
+            add_watermarker=False,
+        )
         with atomic_folder(folder) as tmp:
-            pipe.save_pretrained(tmp); prefix_text_keys(tmp/'text_encoder')
+            pipe.save_pretrained(tmp)
+            prefix_text_keys(tmp/'text_encoder')
             for words in ('tokenizer', 'tokenizer_2'):
                 if not (tmp/words/'vocab.json').exists(): write_vocab_files(tmp/words)
         return Path(folder)
 
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #bff4fe9c
-SDXL_LAYOUT = Layout('StableDiffusionXLPipeline',
-    dict(unet=('UNet2DConditionModel',), vae=('AutoencoderKL',), text_encoder=('CLIPTextModel',), tokenizer=CLIP_TOKENIZERS,
-         text_encoder_2=('CLIPTextModelWithProjection',), tokenizer_2=CLIP_TOKENIZERS),
-    optional=('text_encoder', 'tokenizer'), # of a refiner, which is refused by name
-    fixed=dict(unet=PLAIN_UNET, vae=PLAIN_VAE), options=dict(add_watermarker=False))
+SDXL_LAYOUT = Layout(
+    'StableDiffusionXLPipeline',
+    dict(
+        unet=('UNet2DConditionModel',),
+        vae=('AutoencoderKL',),
+        text_encoder=('CLIPTextModel',),
+        tokenizer=CLIP_TOKENIZERS,
+        text_encoder_2=('CLIPTextModelWithProjection',),
+        tokenizer_2=CLIP_TOKENIZERS,
+    ),
+    optional=('text_encoder', 'tokenizer'),  # of a refiner, which is refused by name
+    fixed=dict(unet=PLAIN_UNET, vae=PLAIN_VAE),
+    options=dict(add_watermarker=False),
+)
+
 def read_sdxl(
     where:str, # from `find_pipeline`
     path:str, # what the user wrote, for the messages
@@ -89,28 +146,67 @@ def read_sdxl(
 )->StableDiffusionXLPipeline:
     "Open part by part; raises `InputError` for another pipeline, and for missing or broken files"
     found = pipeline_class(where, path)
-    if found != 'StableDiffusionXLPipeline': raise InputError(f'teacher {path!r} is a {found}; this loader opens StableDiffusionXLPipeline')
-    return open_pipeline(where, path, SDXL_LAYOUT, {'': dtype, 'vae': torch.float32}, prediction_type, weights)
+    if found != 'StableDiffusionXLPipeline':
+        raise InputError(f'teacher {path!r} is a {found}; this loader opens StableDiffusionXLPipeline')
+    return open_pipeline(
+        where, path, SDXL_LAYOUT, {'': dtype, 'vae': torch.float32}, prediction_type, weights
+    )
+
 def check_sdxl(
     pipe:StableDiffusionXLPipeline, # just loaded
     path:str, # for the messages
 ):
     "Raise `InputError` when tokenizers, text encoders, U-Net and VAE do not fit together"
     def need(fits, what):
-        if not fits: raise InputError(f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model')
-    u, vae, parts = pipe.unet.config, pipe.vae.config, (pipe.tokenizer, pipe.tokenizer_2, pipe.text_encoder, pipe.text_encoder_2)
-    need(all(p is not None for p in parts), 'SDXL has two tokenizers and two text encoders, here one is missing (the refiner cannot be a teacher)')
+        if not fits:
+            raise InputError(
+                f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model'
+            )
+    u, vae, parts = (
+        pipe.unet.config,
+        pipe.vae.config,
+        (pipe.tokenizer, pipe.tokenizer_2, pipe.text_encoder, pipe.text_encoder_2),
+    )
+    need(
+        all(p is not None for p in parts),
+        'SDXL has two tokenizers and two text encoders, here one is missing (the refiner cannot be a '
+        'teacher)',
+    )
     one, two = parts[2].config, parts[3].config
-    need(u.addition_embed_type == 'text_time', f'the U-Net takes {u.addition_embed_type!r} beside the time, SDXL\'s takes pooled text and sizes (text_time)')
-    need(one.hidden_size + two.hidden_size == u.cross_attention_dim, f'the text encoders give {one.hidden_size} + {two.hidden_size} numbers per token, the U-Net reads {u.cross_attention_dim} (cross_attention_dim)')
+    need(
+        u.addition_embed_type == 'text_time',
+        f'the U-Net takes {u.addition_embed_type!r} beside the time, SDXL\'s takes pooled text and sizes '
+        '(text_time)',
+    )
+    need(
+        one.hidden_size + two.hidden_size == u.cross_attention_dim,
+        f'the text encoders give {one.hidden_size} + {two.hidden_size} numbers per token, the U-Net reads '
+        f'{u.cross_attention_dim} (cross_attention_dim)',
+    )
     beside = two.projection_dim + 6*u.addition_time_embed_dim
-    need(beside == u.projection_class_embeddings_input_dim, f'pooled text and sizes are {beside} numbers, the U-Net reads {u.projection_class_embeddings_input_dim} (projection_class_embeddings_input_dim)')
+    need(
+        beside == u.projection_class_embeddings_input_dim,
+        f'pooled text and sizes are {beside} numbers, the U-Net reads '
+        f'{u.projection_class_embeddings_input_dim} (projection_class_embeddings_input_dim)',
+    )
 
-    need(vae.latent_channels == u.in_channels == u.out_channels, f'the VAE has {vae.latent_channels} latent channels, the U-Net takes {u.in_channels} and answers {u.out_channels} (an inpainting model takes more)')
+    need(
+        vae.latent_channels == u.in_channels == u.out_channels,
+        f'the VAE has {vae.latent_channels} latent channels, the U-Net takes {u.in_channels} and answers '
+        f'{u.out_channels} (an inpainting model takes more)',
+    )
 
     for words, text in ((parts[0], one), (parts[1], two)):
-        need(words.model_max_length <= text.max_position_embeddings, f'a tokenizer makes up to {words.model_max_length:.5g} tokens, its text encoder reads {text.max_position_embeddings} (are the tokenizer files missing?)')
-    need(parts[0].model_max_length == parts[1].model_max_length, f'the tokenizers make {parts[0].model_max_length} and {parts[1].model_max_length} tokens, which cannot stand side by side')
+        need(
+            words.model_max_length <= text.max_position_embeddings,
+            f'a tokenizer makes up to {words.model_max_length:.5g} tokens, its text encoder reads '
+            f'{text.max_position_embeddings} (are the tokenizer files missing?)',
+        )
+    need(
+        parts[0].model_max_length == parts[1].model_max_length,
+        f'the tokenizers make {parts[0].model_max_length} and {parts[1].model_max_length} tokens, which '
+        'cannot stand side by side',
+    )
 
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #36265e70
 def load_sdxl(
@@ -120,16 +216,35 @@ def load_sdxl(
     prediction_type:str='', # if given, instead of what the scheduler's config says
 )->SDXLTeacher:
     "Open an SDXL pipeline as a frozen teacher; raises `InputError` for anything that is none"
-    return sdxl_teacher(read_sdxl(find_pipeline(path), str(path), dtype, prediction_type, str(device) != 'meta'), path, device, dtype)
-def sdxl_teacher(pipe:StableDiffusionXLPipeline, path, device='cpu', dtype:torch.dtype=torch.float32)->SDXLTeacher:
+    return sdxl_teacher(
+        read_sdxl(find_pipeline(path), str(path), dtype, prediction_type, str(device) != 'meta'),
+        path,
+        device,
+        dtype,
+    )
+
+def sdxl_teacher(
+    pipe:StableDiffusionXLPipeline, # its networks with weights, or on the meta device
+    path, # what the user wrote, for the messages
+    device='cpu', # where it shall live
+    dtype:torch.dtype=torch.float32, # of all weights; the VAE stays in float32 where float16 would overflow
+)->SDXLTeacher:
     "An open pipeline, seen as a frozen teacher; raises `InputError` for parts that do not fit together"
-    check_sdxl(pipe, str(path)); schedule = DiscreteSchedule.from_scheduler(pipe.scheduler)
-    pipe.set_progress_bar_config(disable=True); models = (pipe.text_encoder, pipe.text_encoder_2)
-    nn.ModuleList([pipe.unet, *models]).to(device, dtype); pipe.vae.to(device, torch.float32 if dtype == torch.float16 and pipe.vae.config.force_upcast else dtype)
+    check_sdxl(pipe, str(path))
+    schedule = DiscreteSchedule.from_scheduler(pipe.scheduler)
+    pipe.set_progress_bar_config(disable=True)
+    models = (pipe.text_encoder, pipe.text_encoder_2)
+    nn.ModuleList([pipe.unet, *models]).to(device, dtype)
+    pipe.vae.to(device, torch.float32 if dtype == torch.float16 and pipe.vae.config.force_upcast else dtype)
     nn.ModuleList([pipe.unet, pipe.vae, *models]).eval().requires_grad_(False)
     teacher = SDXLTeacher(SDXLDenoiser(pipe.unet, schedule), None, pipe.vae, pipe, str(path))
     h, w = (s*pipe.vae_scale_factor for s in teacher.latent_shape[1:])
-    teacher.text = SDXLTextEncoder((pipe.tokenizer, pipe.tokenizer_2), models, (h, w, 0, 0, h, w), pipe.config.force_zeros_for_empty_prompt)
+    teacher.text = SDXLTextEncoder(
+        (pipe.tokenizer, pipe.tokenizer_2),
+        models,
+        (h, w, 0, 0, h, w),
+        pipe.config.force_zeros_for_empty_prompt,
+    )
     return teacher
 
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #8789bd19
@@ -137,6 +252,7 @@ def sdxl_teacher(pipe:StableDiffusionXLPipeline, path, device='cpu', dtype:torch
 class SDXLStudent(Student):
     "A saved one-step SDXL; call it with prompts"
     pipeline_options = dict(add_watermarker=False)
+
 def load_sdxl_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
@@ -145,12 +261,24 @@ def load_sdxl_student(
     "Open what `SDXLTeacher` saved; raises `InputError` when it is none"
     folder = student_folder(path)
     pipe = read_sdxl(str(folder), str(path), dtype).to(device, dtype)
-    if pipe.scheduler.config.get('trained_betas') is None: raise InputError(f'{str(path)!r} is a many-step model, not a one-step student; open it with load_sdxl')
+    if pipe.scheduler.config.get('trained_betas') is None:
+        raise InputError(
+            f'{str(path)!r} is a many-step model, not a one-step student; open it with load_sdxl'
+        )
     pipe.set_progress_bar_config(disable=True)
     return SDXLStudent(pipe)
 
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #6f019bed
-SDXL_BASE = dict( # published config of SDXL base 1.0's U-Net, where it differs from the defaults
-    sample_size=128, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
-    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-    addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=1280 + 6*256)
+SDXL_BASE = dict(  # published config of SDXL base 1.0's U-Net, where it differs from the defaults
+    sample_size=128,
+    cross_attention_dim=2048,
+    attention_head_dim=(5, 10, 20),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    use_linear_projection=True,
+    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+    up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+    addition_embed_type='text_time',
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=1280 + 6*256,
+)

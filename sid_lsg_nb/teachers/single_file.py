@@ -24,12 +24,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
-from .loading import SD_LAYOUT, Layout, assemble_pipeline, build_empty_part, find_class, load_part_config, dtype_argument, reject
+from sid_lsg_nb.teachers.loading import (
+    SD_LAYOUT,
+    Layout,
+    assemble_pipeline,
+    build_empty_part,
+    find_class,
+    load_part_config,
+    dtype_argument,
+    reject,
+)
 from ..core import EMBEDDED
 from ..checkpoint_reader import find_network, read_checkpoint
 
 # %% ../../nbs/2_teachers/08_single_file.ipynb #8e178d0b
-SDXL_FILE_LAYOUT = Layout('StableDiffusionXLPipeline', SD_LAYOUT.parts | dict(text_encoder_2=('CLIPTextModelWithProjection',), tokenizer_2=('CLIPTokenizer',)))
+SDXL_FILE_LAYOUT = Layout(
+    'StableDiffusionXLPipeline',
+    SD_LAYOUT.parts | dict(text_encoder_2=('CLIPTextModelWithProjection',), tokenizer_2=('CLIPTokenizer',)),
+)
+
 @dataclass(frozen=True)
 class SingleFileModel:
     "A family whose files are known"
@@ -39,27 +52,97 @@ class SingleFileModel:
     pads:tuple[str, ...] # padding of each tokenizer
     vae:dict # config, where it differs from `SD_VAE`
     prediction:str = '' # '': its files do not say
-SD_VAE = dict(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512, scaling_factor=.18215,
-           down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4)
-CLIP_L = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, hidden_act='quick_gelu', projection_dim=768)
-CLIP_H = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act='gelu', projection_dim=512)
-CLIP_G = dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, hidden_act='gelu', projection_dim=1280)
-SDXL_UNET = dict(down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
-                 block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
-                 addition_embed_type='text_time', addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+
+SD_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=4,
+    sample_size=512,
+    scaling_factor=0.18215,
+    down_block_types=('DownEncoderBlock2D',)*4,
+    up_block_types=('UpDecoderBlock2D',)*4,
+)
+CLIP_L = dict(
+    hidden_size=768,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    hidden_act='quick_gelu',
+    projection_dim=768,
+)
+CLIP_H = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=23,
+    num_attention_heads=16,
+    hidden_act='gelu',
+    projection_dim=512,
+)
+CLIP_G = dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=20,
+    hidden_act='gelu',
+    projection_dim=1280,
+)
+SDXL_UNET = dict(
+    down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D', 'CrossAttnDownBlock2D'),
+    up_block_types=('CrossAttnUpBlock2D', 'CrossAttnUpBlock2D', 'UpBlock2D'),
+    block_out_channels=(320, 640, 1280),
+    transformer_layers_per_block=(1, 2, 10),
+    attention_head_dim=(5, 10, 20),
+    use_linear_projection=True,
+    addition_embed_type='text_time',
+    addition_time_embed_dim=256,
+    projection_class_embeddings_input_dim=2816,
+)
 KNOWN_MODELS = {
-    'Stable Diffusion 1.x': SingleFileModel(SD_LAYOUT, dict(sample_size=64, cross_attention_dim=768), (CLIP_L,), ('<|endoftext|>',), {}, 'epsilon'),
-    'Stable Diffusion 2.x': SingleFileModel(SD_LAYOUT, dict(sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True), (CLIP_H,), ('!',), {}),
-    'SDXL': SingleFileModel(SDXL_FILE_LAYOUT, dict(sample_size=128, cross_attention_dim=2048) | SDXL_UNET, (CLIP_L, CLIP_G), ('<|endoftext|>', '!'), dict(scaling_factor=.13025, sample_size=1024, force_upcast=True), 'epsilon'),
+    'Stable Diffusion 1.x': SingleFileModel(
+        SD_LAYOUT, dict(sample_size=64, cross_attention_dim=768), (CLIP_L,), ('<|endoftext|>',), {}, 'epsilon'
+    ),
+    'Stable Diffusion 2.x': SingleFileModel(
+        SD_LAYOUT,
+        dict(
+            sample_size=64,
+            cross_attention_dim=1024,
+            attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True,
+        ),
+        (CLIP_H,),
+        ('!',),
+        {},
+    ),
+    'SDXL': SingleFileModel(
+        SDXL_FILE_LAYOUT,
+        dict(sample_size=128, cross_attention_dim=2048) | SDXL_UNET,
+        (CLIP_L, CLIP_G),
+        ('<|endoftext|>', '!'),
+        dict(scaling_factor=0.13025, sample_size=1024, force_upcast=True),
+        'epsilon',
+    ),
 }
-SD_SCHEDULER = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+SD_SCHEDULER = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule='scaled_linear',
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+)
 
 # %% ../../nbs/2_teachers/08_single_file.ipynb #651523ec
 def write_clip_vocabulary(folder):
     "Write vocab.json and merges.txt of CLIP's tokenizer, from the list of merges that open_clip carries"
     with gzip.open(default_bpe()) as f: merges = f.read().decode('utf-8').split('\n')[1:49152 - 256 - 2 + 1]
     letters = list(bytes_to_unicode().values())
-    tokens = [*letters, *(l + '</w>' for l in letters), *(m.replace(' ', '') for m in merges), '<|startoftext|>', '<|endoftext|>']
+    tokens = [
+        *letters,
+        *(l + '</w>' for l in letters),
+        *(m.replace(' ', '') for m in merges),
+        '<|startoftext|>',
+        '<|endoftext|>',
+    ]
     (Path(folder)/'vocab.json').write_text(json.dumps({t: i for i, t in enumerate(tokens)}), encoding='utf-8')
     (Path(folder)/'merges.txt').write_text('\n'.join(['#version: 0.2', *merges]) + '\n', encoding='utf-8')
 
@@ -68,7 +151,10 @@ def is_single_file(path)->bool:
     "Is it one file in the layout of the original code, by its name?"
     path = Path(path).expanduser()
     return path.suffix in ('.safetensors', '.ckpt') and path.is_file()
-def read_single_file(path)->tuple[dict[str, Tensor], dict[str, str]]: # name -> tensor (of a .safetensors on the meta device), and what the header says
+
+def read_single_file(
+    path, # .safetensors or .ckpt
+)->tuple[dict[str, Tensor], dict[str, str]]: # name -> tensor (.safetensors: on the meta device), and the header
     "The tensors of a file; raises `InputError` for one that is broken, or that is no data"
     path = Path(path).expanduser()
     if path.suffix == '.ckpt':
@@ -76,89 +162,198 @@ def read_single_file(path)->tuple[dict[str, Tensor], dict[str, str]]: # name -> 
         return find_network(tree, 'state_dict')[1], {}
     try:
         with safe_open(path, 'pt') as f:
-            return {k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()}, f.metadata() or {}
-    except (SafetensorError, OSError) as e: reject(path, f'cannot be read ({str(e)[:100]})', 'download it again')
+            return {
+                k: torch.empty(f.get_slice(k).get_shape(), device='meta') for k in f.keys()
+            }, f.metadata() or {}
+    except (SafetensorError, OSError) as e:
+        reject(path, f'cannot be read ({str(e)[:100]})', 'download it again')
+
 CONTEXT_KEY = 'model.diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight'
-FIRST_KEY, LABELS_KEY = 'model.diffusion_model.input_blocks.0.0.weight', 'model.diffusion_model.label_emb.0.0.weight'
+FIRST_KEY, LABELS_KEY = (
+    'model.diffusion_model.input_blocks.0.0.weight',
+    'model.diffusion_model.label_emb.0.0.weight',
+)
+
 def bundled_model()->SingleFileModel:
     "The bundled teacher's, which has a vocabulary of its own"
     read = lambda part: json.loads((EMBEDDED/f'teacher/{part}/config.json').read_text())
-    return SingleFileModel(SD_LAYOUT, read('unet'), (read('text_encoder'),), ('<|endoftext|>',), read('vae'), 'epsilon')
+    return SingleFileModel(
+        SD_LAYOUT, read('unet'), (read('text_encoder'),), ('<|endoftext|>',), read('vae'), 'epsilon'
+    )
+
 def detect_model(tensors:dict[str, Tensor], path)->SingleFileModel:
     "Which make a file is of; raises `InputError` for one that is not known, or not whole"
     if FIRST_KEY not in tensors or CONTEXT_KEY not in tensors:
-        reject(path, 'holds no U-Net in the layout of the original Stable Diffusion code', 'give a whole checkpoint (U-Net, VAE and text encoder), or a folder that diffusers saved')
-    for prefix, part in (('first_stage_model.', 'VAE'), (('cond_stage_model.', 'conditioner.'), 'text encoder')):
-        if not any(k.startswith(prefix) for k in tensors): reject(path, f'holds no {part}, only part of a model', 'give a whole checkpoint, or a folder that diffusers saved')
+        reject(
+            path,
+            'holds no U-Net in the layout of the original Stable Diffusion code',
+            'give a whole checkpoint (U-Net, VAE and text encoder), or a folder that diffusers saved',
+        )
+    parts = {'VAE': 'first_stage_model.', 'text encoder': ('cond_stage_model.', 'conditioner.')}
+    for part, prefix in parts.items():
+        if not any(k.startswith(prefix) for k in tensors):
+            reject(
+                path,
+                f'holds no {part}, only part of a model',
+                'give a whole checkpoint, or a folder that diffusers saved',
+            )
     width, context = tensors[FIRST_KEY].shape[0], tensors[CONTEXT_KEY].shape[1]
     known = KNOWN_MODELS | dict(bundled=bundled_model())
     for make in known.values():
-        c = make.unet; labels = 'addition_embed_type' in c and c['addition_embed_type'] is not None
-        if (c.get('block_out_channels', (320,))[0], c['cross_attention_dim'], labels) == (width, context, LABELS_KEY in tensors): return make
-    reject(path, f'has a U-Net of width {width} that reads {context} numbers per token{", with labels"*(LABELS_KEY in tensors)}, which is none of {", ".join(known)}',
-           'make a folder of it with the from_single_file of its own diffusers pipeline, and save_pretrained')
+        c = make.unet
+        labels = 'addition_embed_type' in c and c['addition_embed_type'] is not None
+        if (c.get('block_out_channels', (320,))[0], c['cross_attention_dim'], labels) == (
+            width,
+            context,
+            LABELS_KEY in tensors,
+        ):
+            return make
+    reject(
+        path,
+        f'has a U-Net of width {width} that reads {context} numbers per '
+        f'token{", with labels" * (LABELS_KEY in tensors)}, which is none of {", ".join(known)}',
+        'make a folder of it with the from_single_file of its own diffusers pipeline, and save_pretrained',
+    )
 
 # %% ../../nbs/2_teachers/08_single_file.ipynb #a09f6359
 def detect_prediction_type(make:SingleFileModel, tensors:dict, header:dict[str, str], path)->str:
     "What the network predicts, as the file says it; raises `InputError` where it does not"
-    told = dict(v='v_prediction', v_prediction='v_prediction', epsilon='epsilon', eps='epsilon').get(header.get('modelspec.prediction_type', '').lower())
-    found = told or ('v_prediction' if 'v_pred' in tensors else make.prediction)                # a marker that trainers of SDXL leave
-    return found or reject(path, 'does not say what its network predicts', 'add --prediction-type epsilon (Stable Diffusion 2 at 512 pixels) or v_prediction (at 768)')
+    told = dict(v='v_prediction', v_prediction='v_prediction', epsilon='epsilon', eps='epsilon').get(
+        header.get('modelspec.prediction_type', '').lower()
+    )
+    # a marker that trainers of SDXL leave
+    found = told or ('v_prediction' if 'v_pred' in tensors else make.prediction)
+    return found or reject(
+        path,
+        'does not say what its network predicts',
+        'add --prediction-type epsilon (Stable Diffusion 2 at 512 pixels) or v_prediction (at 768)',
+    )
+
 def write_configs(make:SingleFileModel, folder:Path, prediction:str, zero_snr:bool=False):
     "All of a pipeline's folder but the weights"
     layout, texts = make.layout, [p for p in make.layout.parts if p.startswith('text_encoder')]
-    index = {part: ['diffusers' if part in ('unet', 'vae') else 'transformers', kinds[0]] for part, kinds in layout.parts.items()}
-    index |= dict(_class_name=layout.pipeline, scheduler=['diffusers', 'DDIMScheduler']) | ({'force_zeros_for_empty_prompt': True} if len(texts) > 1 else {})
-    folder.mkdir(parents=True, exist_ok=True); (folder/'model_index.json').write_text(json.dumps(index))
-    large = dict(sample_size=96) if prediction == 'v_prediction' and make.unet['cross_attention_dim'] == 1024 else {}
+    index = {
+        part: ['diffusers' if part in ('unet', 'vae') else 'transformers', kinds[0]]
+        for part, kinds in layout.parts.items()
+    }
+    index |= dict(_class_name=layout.pipeline, scheduler=['diffusers', 'DDIMScheduler']) | (
+        {'force_zeros_for_empty_prompt': True} if len(texts) > 1 else {}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/'model_index.json').write_text(json.dumps(index))
+    large = (
+        dict(sample_size=96)
+        if prediction == 'v_prediction' and make.unet['cross_attention_dim'] == 1024
+        else {}
+    )
     for part, config in (('unet', make.unet | large), ('vae', SD_VAE | make.vae)):
-        (folder/part).mkdir(); (folder/part/'config.json').write_text(json.dumps(config | dict(_class_name=layout.parts[part][0])))
-    DDIMScheduler(**SD_SCHEDULER, prediction_type=prediction, rescale_betas_zero_snr=zero_snr).save_pretrained(folder/'scheduler')
+        (folder/part).mkdir()
+        (folder/part/'config.json').write_text(
+            json.dumps(config | dict(_class_name=layout.parts[part][0]))
+        )
+    DDIMScheduler(
+        **SD_SCHEDULER, prediction_type=prediction, rescale_betas_zero_snr=zero_snr
+    ).save_pretrained(folder/'scheduler')
     for part, config, pad in zip(texts, make.text, make.pads):
-        CLIPTextConfig(**dict(vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407) | config).save_pretrained(folder/part)
+        CLIPTextConfig(
+            **dict(vocab_size=49408, max_position_embeddings=77, bos_token_id=49406, eos_token_id=49407)
+            | config
+        ).save_pretrained(folder/part)
         words = folder/part.replace('text_encoder', 'tokenizer')
-        if 'vocab_size' in config: shutil.copytree(EMBEDDED/'teacher/tokenizer', words); continue
-        words.mkdir(); write_clip_vocabulary(words)
-        CLIPTokenizer(str(words/'vocab.json'), str(words/'merges.txt'), pad_token=pad, model_max_length=77).save_pretrained(words)
+        if 'vocab_size' in config:
+            shutil.copytree(EMBEDDED/'teacher/tokenizer', words)
+            continue
+        words.mkdir()
+        write_clip_vocabulary(words)
+        CLIPTokenizer(
+            str(words/'vocab.json'), str(words/'merges.txt'), pad_token=pad, model_max_length=77
+        ).save_pretrained(words)
 
 # %% ../../nbs/2_teachers/08_single_file.ipynb #428670b6
 def check_tensors(made:dict, tensors:dict[str, Tensor], path):
     "Raise `InputError` unless the file holds U-Net and VAE of these configs, tensor by tensor"
     empty = {k: v.to('meta') for k, v in tensors.items() if not k.startswith('model_ema.')}
     for part, convert in (('unet', convert_ldm_unet_checkpoint), ('vae', convert_ldm_vae_checkpoint)):
-        try: has = {k: v.shape for k, v in convert(dict(empty), dict(made[part].config)).items()}
-        except (KeyError, IndexError, RuntimeError, AttributeError) as e: reject(path, f'does not hold a whole {part} ({type(e).__name__} {str(e)[:80]})', 'download it again, or give a folder that diffusers saved')
+        try:
+            has = {k: v.shape for k, v in convert(dict(empty), dict(made[part].config)).items()}
+        except (KeyError, IndexError, RuntimeError, AttributeError) as e:
+            reject(
+                path,
+                f'does not hold a whole {part} ({type(e).__name__} {str(e)[:80]})',
+                'download it again, or give a folder that diffusers saved',
+            )
         want = {k: v.shape for k, v in made[part].state_dict().items()}
         wrong = sorted(k for k in want if has.get(k) != want[k])
         if 'conv_in.weight' in wrong and has.get('conv_in.weight'):
-            reject(path, f'has a {part} that takes {has["conv_in.weight"][1]} channels, not {want["conv_in.weight"][1]} (an inpainting or image-editing model)', 'take a text-to-image model')
-        if wrong: reject(path, f'lacks {len(wrong)} of {len(want)} tensors of the {part} ({wrong[0]})', 'download it again, or give a folder that diffusers saved')
+            reject(
+                path,
+                f'has a {part} that takes {has["conv_in.weight"][1]} channels, not '
+                f'{want["conv_in.weight"][1]} (an inpainting or image-editing model)',
+                'take a text-to-image model',
+            )
+        if wrong:
+            reject(
+                path,
+                f'lacks {len(wrong)} of {len(want)} tensors of the {part} ({wrong[0]})',
+                'download it again, or give a folder that diffusers saved',
+            )
+
 def open_single_file(
     path, # .safetensors or .ckpt
     prediction_type:str='', # if given, instead of what the file says
     dtype:torch.dtype=torch.float32, # of all weights
     weights:bool=True, # False: networks on the meta device
 ):
-    "A pipeline of diffusers; raises `InputError` for a file that is not whole, not known, or does not say what it predicts"
-    path = Path(path).expanduser(); tensors, header = read_single_file(path); make = detect_model(tensors, path)
+    "A pipeline of diffusers; raises `InputError` for a file that is not whole or known, or hides what it predicts"
+    path = Path(path).expanduser()
+    tensors, header = read_single_file(path)
+    make = detect_model(tensors, path)
     prediction = prediction_type or detect_prediction_type(make, tensors, header, path)
     with tempfile.TemporaryDirectory() as home:
-        folder = Path(home)/'configs'; write_configs(make, folder, prediction, 'ztsnr' in tensors)
+        folder = Path(home)/'configs'
+        write_configs(make, folder, prediction, 'ztsnr' in tensors)
         kinds = {part: find_class(k[0]) for part, k in make.layout.parts.items()}
-        made = {part: kind.from_pretrained(folder/part) if 'tokenizer' in part else build_empty_part(folder/part, kind, load_part_config(folder/part, kind, path)) for part, kind in kinds.items()}
+        made = {
+            part: kind.from_pretrained(folder/part)
+            if 'tokenizer' in part
+            else build_empty_part(folder/part, kind, load_part_config(folder/part, kind, path))
+            for part, kind in kinds.items()
+        }
         check_tensors(made, tensors, path)
         index = json.loads((folder/'model_index.json').read_text())
-        if not weights: return assemble_pipeline(make.layout, index, made | dict(scheduler=DDIMScheduler.from_pretrained(folder/'scheduler')))
+        if not weights:
+            return assemble_pipeline(
+                make.layout, index, made | dict(scheduler=DDIMScheduler.from_pretrained(folder/'scheduler'))
+            )
         file = path
-        if path.suffix == '.ckpt': save_file({k: v.contiguous() for k, v in tensors.items() if not k.startswith('model_ema.')}, file := Path(home)/'one.safetensors')
+        if path.suffix == '.ckpt':
+            save_file(
+                {k: v.contiguous() for k, v in tensors.items() if not k.startswith('model_ema.')},
+                file := Path(home)/'one.safetensors',
+            )
         return load_single_file(make.layout, file, folder, dtype, path)
+
 def load_single_file(layout:Layout, file:Path, folder:Path, dtype:torch.dtype, path):
-    "The pipeline, by diffusers' from_single_file with these configs; raises `InputError` for weights that are missing"
-    kind = getattr(diffusers, layout.pipeline); more = dict(safety_checker=None) if kind is StableDiffusionPipeline else dict(add_watermarker=False)
-    try: pipe = kind.from_single_file(str(file), config=str(folder), local_files_only=True, **more, **dtype_argument(kind, dtype))
+    "The pipeline, by diffusers' from_single_file with these configs; raises `InputError` for missing weights"
+    kind = getattr(diffusers, layout.pipeline)
+    more = dict(safety_checker=None) if kind is StableDiffusionPipeline else dict(add_watermarker=False)
+    try:
+        pipe = kind.from_single_file(
+            str(file), config=str(folder), local_files_only=True, **more, **dtype_argument(kind, dtype)
+        )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as e:
-        reject(path, f'could not be opened ({str(e).strip().splitlines()[0][:150]})', 'download it again, or give a folder that diffusers saved')
+        reject(
+            path,
+            f'could not be opened ({str(e).strip().splitlines()[0][:150]})',
+            'download it again, or give a folder that diffusers saved',
+        )
     for part in layout.parts:
-        net = getattr(pipe, part); lost = [k for k, p in net.named_parameters() if p.is_meta] if hasattr(net, 'named_parameters') else []
-        if lost: reject(path, f'lacks {len(lost)} of the tensors of its {part} ({lost[0]})', 'download it again, or give a folder that diffusers saved')
+        net = getattr(pipe, part)
+        lost = [k for k, p in net.named_parameters() if p.is_meta] if hasattr(net, 'named_parameters') else []
+        if lost:
+            reject(
+                path,
+                f'lacks {len(lost)} of the tensors of its {part} ({lost[0]})',
+                'download it again, or give a folder that diffusers saved',
+            )
     return pipe

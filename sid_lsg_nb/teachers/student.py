@@ -25,17 +25,24 @@ def betas_until(
     scheduler, # of diffusers, with a table
     t_init:int, # its last row
 )->list[float]: # betas: a list, since a tensor cannot be saved to JSON
-    "The table up to t_init; where that is pure noise, with diffusers' own 2^-24 for the signal, because stock schedulers divide by it"
-    betas = scheduler.betas.tolist()[:t_init + 1]; kept = math.prod(1 - b for b in betas[:-1])
+    "The table up to t_init; pure noise keeps diffusers' own 2^-24 of signal, because stock schedulers divide by it"
+    betas = scheduler.betas.tolist()[: t_init + 1]
+    kept = math.prod(1 - b for b in betas[:-1])
     return [*betas[:-1], min(betas[-1], max(0., 1 - 2**-24/kept))]
+
 def one_step_scheduler(
     scheduler, # the teacher's diffusers scheduler (its betas and prediction type)
     t_init:int=625, # the generator's time
 )->EulerDiscreteScheduler:
     "A stock scheduler whose single step is our generator: starts at t_init, ends at x_0"
     betas = betas_until(scheduler, t_init)
-    return EulerDiscreteScheduler(trained_betas=betas, num_train_timesteps=len(betas), timestep_spacing='trailing', steps_offset=1,
-        prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
+    return EulerDiscreteScheduler(
+        trained_betas=betas,
+        num_train_timesteps=len(betas),
+        timestep_spacing='trailing',
+        steps_offset=1,
+        prediction_type=scheduler.config.get('prediction_type', 'epsilon'),
+    )
 
 # %% ../../nbs/2_teachers/04_student.ipynb #debae6ad
 def prefix_text_keys(
@@ -44,7 +51,11 @@ def prefix_text_keys(
 ):
     "Give the saved tensors the prefix that every version of transformers reads"
     file = Path(folder)/'model.safetensors'
-    save_file({k if k.startswith(prefix) else prefix + k: v for k, v in load_file(file).items()}, file, metadata=dict(format='pt'))
+    save_file(
+        {k if k.startswith(prefix) else prefix + k: v for k, v in load_file(file).items()},
+        file,
+        metadata=dict(format='pt'),
+    )
 
 # %% ../../nbs/2_teachers/04_student.ipynb #29294fb7
 def write_vocab_files(
@@ -63,10 +74,18 @@ def save_student(
     folder, # where; replaced if it exists
     t_init:int=625,
 )->Path: # the folder
-    "Write the generator as a complete pipeline that stock diffusers opens; a teacher of another kind writes its own (its `save`)"
+    "Write the generator as a pipeline that stock diffusers opens; a teacher of another kind has its own `save`"
     if own := getattr(teacher, 'save', None): return own(net, folder, t_init)
-    pipe = StableDiffusionPipeline(vae=teacher.vae, text_encoder=teacher.pipe.text_encoder, tokenizer=teacher.pipe.tokenizer, unet=net.net,
-        scheduler=one_step_scheduler(teacher.pipe.scheduler, t_init), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline(
+        vae=teacher.vae,
+        text_encoder=teacher.pipe.text_encoder,
+        tokenizer=teacher.pipe.tokenizer,
+        unet=net.net,
+        scheduler=one_step_scheduler(teacher.pipe.scheduler, t_init),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     with atomic_folder(folder) as tmp:
         pipe.save_pretrained(tmp)
         prefix_text_keys(tmp/'text_encoder')
@@ -78,9 +97,15 @@ def few_step_scheduler(
     scheduler, # the teacher's, or the one-step scheduler of a saved generator
     t_init:int=625,
 )->LCMScheduler:
-    "A stock scheduler that re-noises between steps; pass `timesteps=step_times(t_init, K)` and start noise times `sigma_t`"
+    "A stock scheduler that re-noises between steps; give `timesteps=step_times(t_init, K)` and noise times `sigma_t`"
     betas = betas_until(scheduler, t_init)
-    return LCMScheduler(trained_betas=betas, num_train_timesteps=len(betas), original_inference_steps=1, clip_sample=False, prediction_type=scheduler.config.get('prediction_type', 'epsilon'))
+    return LCMScheduler(
+        trained_betas=betas,
+        num_train_timesteps=len(betas),
+        original_inference_steps=1,
+        clip_sample=False,
+        prediction_type=scheduler.config.get('prediction_type', 'epsilon'),
+    )
 
 # %% ../../nbs/2_teachers/04_student.ipynb #aa200a51
 @dataclass
@@ -91,13 +116,20 @@ class Student:
     pipeline_options = dict(requires_safety_checker=False) # of the pipeline's class, besides its parts
     @property
     def net(self): return self.pipe.unet
+
     @property
     def latent_shape(self)->tuple[int, int, int]:
         c = self.net.config
-        return (c.in_channels, c.sample_size, c.sample_size) if isinstance(c.sample_size, int) else (c.in_channels, *c.sample_size)
+        return (
+            (c.in_channels, c.sample_size, c.sample_size)
+            if isinstance(c.sample_size, int)
+            else (c.in_channels, *c.sample_size)
+        )
+
     def with_scheduler(self, scheduler):
         "The same parts with another scheduler (`from_pipe` would cast them)"
         return type(self.pipe)(**self.pipe.components | dict(scheduler=scheduler), **self.pipeline_options)
+
     @torch.no_grad()
     def __call__(self,
         prompts:list[str],
@@ -106,21 +138,37 @@ class Student:
     )->Tensor: # [B,3,H,W] in [-1,1]
         "One picture per prompt"
         seeds, pipe = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)], self.pipe
-        z = noise_for(seeds, self.latent_shape).to(pipe.device, self.net.dtype); how = dict(latents=z, num_inference_steps=1)
+        z = noise_for(seeds, self.latent_shape).to(pipe.device, self.net.dtype)
+        how = dict(latents=z, num_inference_steps=1)
         if steps > 1:
-            few = few_step_scheduler(pipe.scheduler, t_init := len(pipe.scheduler.betas) - 1); pipe = self.with_scheduler(few)
-            how = dict(latents=z*(1 - few.alphas_cumprod[t_init])**.5, timesteps=step_times(t_init, steps), generator=[torch.Generator().manual_seed(s + 1_000_003) for s in seeds])
+            few = few_step_scheduler(pipe.scheduler, t_init := len(pipe.scheduler.betas) - 1)
+            pipe = self.with_scheduler(few)
+            how = dict(
+                latents=z*(1 - few.alphas_cumprod[t_init])**0.5,
+                timesteps=step_times(t_init, steps),
+                generator=[torch.Generator().manual_seed(s + 1_000_003) for s in seeds],
+            )
         pipe.set_progress_bar_config(disable=True)
-        return pipe(list(prompts), guidance_scale=0, output_type='pt', **self.call_options, **how).images.float()*2 - 1
+        return (
+            pipe(list(prompts), guidance_scale=0, output_type='pt', **self.call_options, **how).images.float()
+            * 2
+            - 1
+        )
 
 # %% ../../nbs/2_teachers/04_student.ipynb #f88cb1ed
 def student_folder(
     path, # a saved generator, or the run folder that holds one
 )->Path:
     "Where the generator is; raises `InputError` if there is none"
-    folder = Path(path).expanduser(); folder = folder/'generator' if (folder/'generator').is_dir() else folder
-    if not (folder/'model_index.json').is_file(): raise InputError(f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ inside it')
+    folder = Path(path).expanduser()
+    folder = folder/'generator' if (folder/'generator').is_dir() else folder
+    if not (folder/'model_index.json').is_file():
+        raise InputError(
+            f'{str(path)!r} holds no generator (no model_index.json); give a run folder or the generator/ '
+            'inside it'
+        )
     return folder
+
 def load_sd_student(
     path, # a saved generator, or the run folder that holds one
     device='cpu',
@@ -128,7 +176,8 @@ def load_sd_student(
 )->Student:
     "Open what `save_student` wrote; raises `InputError` when there is no pipeline"
     folder = student_folder(path)
-    if (kind := pipeline_class(str(folder), str(path))) != 'StableDiffusionPipeline': raise InputError(f'{str(path)!r} is a {kind}; this works for Stable Diffusion 1.x and 2.x only')
+    if (kind := pipeline_class(str(folder), str(path))) != 'StableDiffusionPipeline':
+        raise InputError(f'{str(path)!r} is a {kind}; this works for Stable Diffusion 1.x and 2.x only')
     pipe = open_pipeline(str(folder), path, SD_LAYOUT, dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     return Student(pipe)

@@ -12,17 +12,23 @@ from ..core import Cond, to_device
 # %% ../../nbs/2_teachers/01_text_encoder.ipynb #5a4fca6b
 class TextEncoder:
     "Prompts to `Cond`, as Stable Diffusion's pipeline does it; the null prompt is encoded once"
+
     def __init__(self,
         tokenizer, # a CLIP tokenizer
         model:torch.nn.Module, # a CLIP text model
     ): self.tokenizer, self.model, self._null = tokenizer, model, None
+
     def tokens(self, prompts:list[str])->torch.Tensor: # [B, L] integers
         "Cut or padded to the model's length"
         return self.tokenizer(prompts, padding='max_length', max_length=self.tokenizer.model_max_length,
                               truncation=True, return_tensors='pt').input_ids
+
     @torch.no_grad()
     def __call__(self, prompts:list[str])->Cond: # {'encoder_hidden_states': [B, L, D]}, float32
-        return dict(encoder_hidden_states=self.model(to_device(self.tokens(prompts), self.model.device))[0].float())
+        return dict(
+            encoder_hidden_states=self.model(to_device(self.tokens(prompts), self.model.device))[0].float()
+        )
+
     def null(self)->Cond: # {'encoder_hidden_states': [1, L, D]}
         "The conditioning of \"\""
         if self._null is None: self._null = self([''])
