@@ -15,7 +15,7 @@ from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from ..core import EMBEDDED, Cond, InputError, cond_map
 from ..method.schedule import DiscreteSchedule, Schedule
 from .text_encoder import TextEncoder
-from .loading import SD_LAYOUT, open_pipeline
+from .loading import SD_LAYOUT, open_pipeline, require
 
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #c290365b
 class Denoiser(nn.Module):
@@ -44,7 +44,7 @@ class Denoiser(nn.Module):
         high = torch.promote_types(x_t.dtype, torch.float32)
         cond = cond_map(lambda v: v.to(low) if v.is_floating_point() else v, cond)
         on = self.autocast is not None
-        with torch.autocast(x_t.device.type, self.autocast, enabled=on, cache_enabled=False): # each weight is used once
+        with torch.autocast(x_t.device.type, self.autocast, enabled=on, cache_enabled=False):
             pred = self.predict(x_t.to(low), t, cond)[:, :x_t.shape[1]]
         return self.schedule.to_x0(pred.to(high), x_t.to(high), t)
 
@@ -188,35 +188,21 @@ def check_parts(
         pipe.vae.config,
         pipe.tokenizer.model_max_length,
     )
-    def need(fits, what):
-        if not fits:
-            raise InputError(
-                f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model'
-            )
-    need(
-        text.hidden_size == unet.cross_attention_dim,
-        f'the text encoder gives {text.hidden_size} numbers per token, the UNet reads '
-        f'{unet.cross_attention_dim} (cross_attention_dim)',
-    )
-    need(
-        vae.latent_channels == unet.in_channels,
-        f'the VAE has {vae.latent_channels} latent channels, the UNet takes {unet.in_channels} (an '
-        'inpainting model takes more)',
-    )
-    need(
-        unet.out_channels == unet.in_channels,
-        f'the UNet takes {unet.in_channels} channels and answers {unet.out_channels}, of which stock '
-        f'schedulers can use {unet.in_channels}',
-    )
-    need(
-        length <= text.max_position_embeddings,
-        f'the tokenizer makes up to {length:.5g} tokens, the text encoder reads '
-        f'{text.max_position_embeddings} (are the tokenizer files missing?)',
-    )
-    need(
-        len(pipe.tokenizer) <= text.vocab_size,
-        f'the tokenizer has {len(pipe.tokenizer)} tokens, the text encoder knows {text.vocab_size}',
-    )
+    fits = lambda ok, what: require(ok, path, what)
+    fits(text.hidden_size == unet.cross_attention_dim,
+         f'the text encoder gives {text.hidden_size} numbers per token, the UNet reads {unet.cross_attention_dim} '
+         '(cross_attention_dim)')
+    fits(vae.latent_channels == unet.in_channels,
+         f'the VAE has {vae.latent_channels} latent channels, the UNet takes {unet.in_channels} '
+         '(an inpainting model takes more)')
+    fits(unet.out_channels == unet.in_channels,
+         f'the UNet takes {unet.in_channels} channels and answers {unet.out_channels}, of which stock schedulers '
+         f'can use {unet.in_channels}')
+    fits(length <= text.max_position_embeddings,
+         f'the tokenizer makes up to {length:.5g} tokens, the text encoder reads {text.max_position_embeddings} '
+         '(are the tokenizer files missing?)')
+    fits(len(pipe.tokenizer) <= text.vocab_size,
+         f'the tokenizer has {len(pipe.tokenizer)} tokens, the text encoder knows {text.vocab_size}')
 
 # %% ../../nbs/2_teachers/03_denoiser.ipynb #a80e730c
 def sd_teacher(

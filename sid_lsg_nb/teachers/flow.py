@@ -5,32 +5,22 @@
 # %% auto #0
 __all__ = ['CLIP_PARTS', 'SD3_LAYOUT', 'SANA_LAYOUT', 'COMPLEX_HUMAN_INSTRUCTION', 'FlowDenoiser', 'SD3TextEncoder',
            'one_step_flow_scheduler', 'FlowTeacher', 'SD3Teacher', 'write_legacy_tokenizers', 'open_flow_pipeline',
-           'require', 'flow_teacher', 'load_sd3', 'FlowStudent', 'load_flow_student', 'load_sd3_student',
-           'SanaTextEncoder', 'SanaTeacher', 'load_sana', 'load_sana_student']
+           'flow_teacher', 'load_sd3', 'FlowStudent', 'load_flow_student', 'load_sd3_student', 'SanaTextEncoder',
+           'SanaTeacher', 'load_sana', 'load_sana_student']
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #68a1f295
 import inspect, json
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    SanaPipeline,
-    StableDiffusion3Pipeline,
-)
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SanaPipeline
+from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from ..core import Cond, InputError, atomic_folder, expand_like, cond_map, noise_for, to_device
 from ..method.schedule import FlowSchedule
-from sid_lsg_nb.teachers.loading import (
-    CLIP_TOKENIZERS,
-    GEMMA_TOKENIZERS,
-    PLAIN_VAE,
-    T5_TOKENIZERS,
-    Layout,
-    open_pipeline,
-)
+from .loading import CLIP_TOKENIZERS, GEMMA_TOKENIZERS, PLAIN_VAE, T5_TOKENIZERS, Layout
+from .loading import open_pipeline, require
 from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class
 from ..method.sampling import few_steps, step_times
 from .student import Student, student_folder, write_vocab_files
@@ -108,7 +98,7 @@ class SD3TextEncoder:
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #dfc10a41
 def one_step_flow_scheduler()->FlowMatchEulerDiscreteScheduler:
-    "A stock scheduler whose single step starts at t = 1; with `sigmas=step_times(1., K)` its K steps re-noise in between"
+    "A stock scheduler whose single step starts at t = 1; `sigmas=step_times(1., K)` makes K steps that re-noise"
     return FlowMatchEulerDiscreteScheduler(shift=1., stochastic_sampling=True)
 
 class FlowTeacher(Teacher):
@@ -135,7 +125,7 @@ class FlowTeacher(Teacher):
         folder, # where; replaced if it exists
         t_init:float=1., # its time
     )->Path: # the folder
-        "Write the generator as a pipeline that stock diffusers opens; raises `InputError` for a t_init that is not 1"
+        "Write the generator as a pipeline that stock diffusers opens; raises `InputError` unless t_init is 1"
         self.check_t_init(t_init)
         with atomic_folder(folder) as tmp:
             type(self.pipe)(
@@ -214,29 +204,16 @@ def open_flow_pipeline(
         )
     pipe = open_pipeline(where, path, layout, dtype, weights=weights)
     levels, name = pipe.scheduler.config, type(pipe.scheduler).__name__
-    require(
-        path,
-        'FlowMatch' in name or levels.get('prediction_type') == 'flow_prediction',
-        f'its scheduler, {name}, does not walk along a flow',
-        'take the one of its own model (a FlowMatch scheduler, or prediction_type flow_prediction)',
-    )
-    require(
-        path,
-        not levels.get('use_dynamic_shifting'),
-        'its scheduler shifts times by picture size',
-        'save one with use_dynamic_shifting false and a fixed shift',
-    )
-    require(
-        path,
-        pipe.vae.config.latent_channels == pipe.transformer.config.in_channels,
-        f'the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes '
-        f'{pipe.transformer.config.in_channels}',
-    )
+    require('FlowMatch' in name or levels.get('prediction_type') == 'flow_prediction', path,
+            f'its scheduler, {name}, does not walk along a flow',
+            'take the one of its own model (a FlowMatch scheduler, or prediction_type flow_prediction)')
+    require(not levels.get('use_dynamic_shifting'), path,
+            'its scheduler shifts times by picture size',
+            'save one with use_dynamic_shifting false and a fixed shift')
+    require(pipe.vae.config.latent_channels == pipe.transformer.config.in_channels, path,
+            f'the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes '
+            f'{pipe.transformer.config.in_channels}')
     return pipe
-
-def require(path, fits:bool, what:str, fix:str='take all parts from the same model'):
-    "Raise `InputError` unless it is so"
-    if not fits: raise InputError(f'teacher {str(path)!r}: {what}; {fix}')
 
 def flow_teacher(kind:type, pipe, text, path, device)->FlowTeacher:
     "The frozen teacher of a loaded pipeline"
@@ -261,33 +238,21 @@ def load_sd3(
     "Open a StableDiffusion3Pipeline as a frozen teacher; raises `InputError` for anything that is none"
     pipe = open_flow_pipeline(path, SD3_LAYOUT, dtype, str(device) != 'meta')
     net = pipe.transformer.config
-    require(
-        path,
-        all(getattr(pipe, part) is not None for part in CLIP_PARTS),
-        'a CLIP text encoder is missing',
-        'add it (only the third, T5, may be left out)',
-    )
+    require(all(getattr(pipe, part) is not None for part in CLIP_PARTS), path,
+            'a CLIP text encoder is missing',
+            'add it (only the third, T5, may be left out)')
     one, two, t5 = (
         getattr(e, 'config', None) for e in (pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3)
     )
-    require(
-        path,
-        one.projection_dim + two.projection_dim == net.pooled_projection_dim,
-        f'the CLIPs give {one.projection_dim} + {two.projection_dim} pooled numbers, the transformer reads '
-        f'{net.pooled_projection_dim}',
-    )
-    require(
-        path,
-        one.hidden_size + two.hidden_size <= net.joint_attention_dim,
-        f'the CLIPs give {one.hidden_size} + {two.hidden_size} numbers per token, the transformer reads '
-        f'{net.joint_attention_dim}',
-    )
-    require(
-        path,
-        t5 is None or t5.d_model == net.joint_attention_dim,
-        f'T5 gives {t5 and t5.d_model} numbers per token, the transformer reads {net.joint_attention_dim} '
-        '(joint_attention_dim)',
-    )
+    require(one.projection_dim + two.projection_dim == net.pooled_projection_dim, path,
+            f'the CLIPs give {one.projection_dim} + {two.projection_dim} pooled numbers, the transformer reads '
+            f'{net.pooled_projection_dim}')
+    require(one.hidden_size + two.hidden_size <= net.joint_attention_dim, path,
+            f'the CLIPs give {one.hidden_size} + {two.hidden_size} numbers per token, the transformer reads '
+            f'{net.joint_attention_dim}')
+    require(t5 is None or t5.d_model == net.joint_attention_dim, path,
+            f'T5 gives {t5 and t5.d_model} numbers per token, the transformer reads {net.joint_attention_dim} '
+            '(joint_attention_dim)')
     return flow_teacher(SD3Teacher, pipe, SD3TextEncoder(pipe), path, device)
 
 # %% ../../nbs/2_teachers/07_flow.ipynb #4292476c
@@ -410,18 +375,12 @@ def load_sana(
     "Open a SanaPipeline as a frozen teacher; raises `InputError` for anything that is none"
     pipe = open_flow_pipeline(path, SANA_LAYOUT, dtype, str(device) != 'meta')
     net, width = pipe.transformer.config, pipe.text_encoder.config.hidden_size
-    require(
-        path,
-        width == net.caption_channels,
-        f'the text encoder gives {width} numbers per token, the transformer reads {net.caption_channels} '
-        '(caption_channels)',
-    )
-    require(
-        path,
-        not net.get('guidance_embeds'),
-        'its transformer wants guidance as an input, as SANA-Sprint does',
-        'give a SANA that was not distilled',
-    )
+    require(width == net.caption_channels, path,
+            f'the text encoder gives {width} numbers per token, the transformer reads {net.caption_channels} '
+            '(caption_channels)')
+    require(not net.get('guidance_embeds'), path,
+            'its transformer wants guidance as an input, as SANA-Sprint does',
+            'give a SANA that was not distilled')
     return flow_teacher(
         SanaTeacher, pipe, SanaTextEncoder(pipe.tokenizer, pipe.text_encoder, instruction), path, device
     )

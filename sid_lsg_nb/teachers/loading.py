@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CLIP_TOKENIZERS', 'T5_TOKENIZERS', 'GEMMA_TOKENIZERS', 'UNUSED_PARTS', 'PLAIN_UNET', 'EXTRA_INPUTS', 'PLAIN_VAE',
-           'SD_LAYOUT', 'WEIGHTS_FILE', 'VARIANTS', 'DTYPE_SINCE', 'TRAINED_WITH', 'Layout', 'reject', 'print_once',
-           'read_json', 'find_class', 'check_index', 'pick_weights_file', 'check_weights_file', 'find_weights',
-           'dtype_argument', 'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part',
-           'scheduler_error', 'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache',
-           'fetch_pipeline', 'open_pipeline', 'assemble_pipeline', 'print_variants']
+           'SD_LAYOUT', 'WEIGHTS_FILE', 'VARIANTS', 'DTYPE_SINCE', 'TRAINED_WITH', 'Layout', 'reject', 'require',
+           'print_once', 'read_json', 'find_class', 'check_index', 'pick_weights_file', 'check_weights_file',
+           'find_weights', 'dtype_argument', 'load_part_config', 'check_part_config', 'build_empty_part', 'load_part',
+           'open_part', 'scheduler_error', 'repair_scheduler_config', 'open_scheduler', 'files_to_fetch',
+           'find_in_cache', 'fetch_pipeline', 'open_pipeline', 'assemble_pipeline', 'print_variants']
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #55c29949
 import inspect
@@ -80,6 +80,10 @@ def reject(path, what:str, fix:str='take all parts from the same model'):
     "Raise `InputError`: this teacher, this fault, this cure"
     raise InputError(f'teacher {str(path)!r} {what}; {fix}')
 
+def require(fits:bool, path, what:str, fix:str='take all parts from the same model'):
+    "Raise `InputError` unless the parts of this teacher fit together"
+    if not fits: reject(path, f'has parts that do not fit: {what}', fix)
+
 def print_once(text:str):
     "A line about what was opened, from the first of several processes"
     if os.environ.get('RANK', '0') == '0': print(text)
@@ -106,7 +110,7 @@ def check_index(
     layout:Layout,
     path, # what the user wrote, for the messages
 )->dict[str, str]: # part -> class, of the parts that are there
-    "Which parts to open, the scheduler among them; raises `InputError` for parts missing, of another class, or not known"
+    "Which parts to open, the scheduler too; raises `InputError` for missing, unknown or wrong ones"
     named = {k: v[-1] for k, v in index.items() if isinstance(v, list) and k[:1] != '_' and v[-1]}
     for part, kinds in layout.parts.items():
         if part not in named and part not in layout.optional:
@@ -135,7 +139,8 @@ def check_index(
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #ee22e698
 WEIGHTS_FILE = re.compile(
-    r'(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[\w-]+))?\.(?P<kind>safetensors|bin)(?P<index>\.index(?:\.(?P<b>[\w-]+))?\.json)?'
+    r'(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<a>[\w-]+))?\.(?P<kind>safetensors|bin)'
+    r'(?P<index>\.index(?:\.(?P<b>[\w-]+))?\.json)?'
 )
 VARIANTS = (None, 'fp32', 'bf16', 'fp16', 'ema', 'non_ema') # variants, best first; others come after them
 
@@ -159,7 +164,7 @@ def pick_weights_file(
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #c312a810
 def check_weights_file(file:Path, path):
-    "Raise `InputError` for a file of weights that is not there, not whole, or something else; reads its header only"
+    "Raise `InputError` for a file of weights that is missing, cut, or something else; reads its header only"
     if not file.is_file():
         reject(
             path,
@@ -258,7 +263,7 @@ def check_part_config(config, fixed:dict, part:str, path):
                 'which is not given here: take a model without it',
             )
 
-def build_empty_part(folder:Path, kind:type, config):
+def build_empty_part(kind:type, config):
     "The part without weights, on the meta device"
     with torch.device('meta'):
         return kind.from_config(config) if hasattr(kind, 'load_config') else kind(config)
@@ -321,7 +326,7 @@ def open_part(
         config = load_part_config(folder, kind, path)
         check_part_config(config, fixed, folder.name, path)
         find_weights(folder, path)
-        return load_part(folder, kind, dtype, path) if weights else build_empty_part(folder, kind, config)
+        return load_part(folder, kind, dtype, path) if weights else build_empty_part(kind, config)
     except InputError: raise
     except failures as e:
         said = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
@@ -391,7 +396,8 @@ def open_scheduler(
             f'teacher {str(path)!r}: the installed diffusers has no {name}; the noise levels of its config '
             'go into a DDIMScheduler'
         )
-    if kind and config.get('rescale_betas_zero_snr') and 'rescale_betas_zero_snr' not in inspect.signature(kind.__init__).parameters:
+    takes = inspect.signature(kind.__init__).parameters if kind else {}
+    if kind and config.get('rescale_betas_zero_snr') and 'rescale_betas_zero_snr' not in takes:
         print_once(
             f'teacher {str(path)!r}: {name} does not know rescale_betas_zero_snr; the noise levels of its '
             'config go into a DDIMScheduler'

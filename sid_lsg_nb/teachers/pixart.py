@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, LMSDiscreteScheduler, PixArtAlphaPipeli
 from torch import Tensor, nn
 from ..core import Cond, InputError, atomic_folder, cond_expand, to_device
 from ..method.schedule import DiscreteSchedule
-from .loading import PLAIN_VAE, T5_TOKENIZERS, Layout, open_pipeline
+from .loading import PLAIN_VAE, T5_TOKENIZERS, Layout, open_pipeline, require
 from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class
 from .student import Student, student_folder, betas_until
 
@@ -150,42 +150,23 @@ def check_pixart(
     path:str, # for the messages
 ):
     "Raise `InputError` when tokenizer, text encoder, transformer and VAE do not fit together"
-    net, words = pipe.transformer.config, pipe.tokenizer
-    def need(fits, what):
-        if not fits:
-            raise InputError(
-                f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model'
-            )
-    need(
-        words is not None and words.unk_token_id not in words('a photo').input_ids,
-        'the tokenizer does not know the words "a photo" (are the tokenizer files missing?)',
-    )
+    net, text, vae, words = pipe.transformer.config, pipe.text_encoder.config, pipe.vae.config, pipe.tokenizer
+    fits = lambda ok, what: require(ok, path, what)
+    fits(words is not None and words.unk_token_id not in words('a photo').input_ids,
+         'the tokenizer does not know the words "a photo" (are the tokenizer files missing?)')
     width = net.caption_channels or net.cross_attention_dim
-    need(
-        pipe.text_encoder.config.d_model == width,
-        f'the text encoder gives {pipe.text_encoder.config.d_model} numbers per token, the transformer '
-        f'reads {width} (caption_channels)',
-    )
-    need(
-        len(words) <= pipe.text_encoder.config.vocab_size,
-        f'the tokenizer has {len(words)} tokens, the text encoder knows '
-        f'{pipe.text_encoder.config.vocab_size}',
-    )
-    need(
-        pipe.vae.config.latent_channels == net.in_channels,
-        f'the VAE has {pipe.vae.config.latent_channels} latent channels, the transformer takes '
-        f'{net.in_channels}',
-    )
-    need(
-        net.out_channels in (net.in_channels, 2*net.in_channels),
-        f'the transformer answers with {net.out_channels} channels to {net.in_channels}; only a prediction, '
-        'with or without a variance, is known',
-    )
-    need(
-        not pipe.transformer.use_additional_conditions or micro_conditions(pipe),
-        f'the transformer wants the picture\'s size, which {type(pipe).__name__} does not give it at '
-        f'sample_size {net.sample_size}',
-    )
+    fits(text.d_model == width, f'the text encoder gives {text.d_model} numbers per token, the transformer reads '
+                                f'{width} (caption_channels)')
+    fits(len(words) <= text.vocab_size,
+         f'the tokenizer has {len(words)} tokens, the text encoder knows {text.vocab_size}')
+    fits(vae.latent_channels == net.in_channels,
+         f'the VAE has {vae.latent_channels} latent channels, the transformer takes {net.in_channels}')
+    fits(net.out_channels in (net.in_channels, 2*net.in_channels),
+         f'the transformer answers with {net.out_channels} channels to {net.in_channels}; only a prediction, '
+         'with or without a variance, is known')
+    fits(not pipe.transformer.use_additional_conditions or micro_conditions(pipe),
+         f'the transformer wants the picture\'s size, which {type(pipe).__name__} does not give it at '
+         f'sample_size {net.sample_size}')
 
 def micro_conditions(pipe:DiffusionPipeline)->Cond: # one row each; empty if it gives none
     "Size and shape of the picture, where the stock pipeline tells them: PixArt-alpha at 1024 pixels"

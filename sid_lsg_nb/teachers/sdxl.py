@@ -15,15 +15,10 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 from ..core import Cond, InputError, atomic_folder, to_device
 from ..method.schedule import DiscreteSchedule
-from .loading import CLIP_TOKENIZERS, PLAIN_VAE, PLAIN_UNET, Layout, open_pipeline
+from .loading import CLIP_TOKENIZERS, PLAIN_VAE, PLAIN_UNET, Layout, open_pipeline, require
 from .denoiser import Denoiser, Teacher, find_pipeline, pipeline_class
-from sid_lsg_nb.teachers.student import (
-    Student,
-    one_step_scheduler,
-    prefix_text_keys,
-    student_folder,
-    write_vocab_files,
-)
+from .student import Student, one_step_scheduler, prefix_text_keys, student_folder
+from .student import write_vocab_files
 
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #e8efb17b
 class SDXLTextEncoder:
@@ -157,56 +152,29 @@ def check_sdxl(
     path:str, # for the messages
 ):
     "Raise `InputError` when tokenizers, text encoders, U-Net and VAE do not fit together"
-    def need(fits, what):
-        if not fits:
-            raise InputError(
-                f'teacher {path!r} has parts that do not fit: {what}; take all parts from the same model'
-            )
-    u, vae, parts = (
-        pipe.unet.config,
-        pipe.vae.config,
-        (pipe.tokenizer, pipe.tokenizer_2, pipe.text_encoder, pipe.text_encoder_2),
-    )
-    need(
-        all(p is not None for p in parts),
-        'SDXL has two tokenizers and two text encoders, here one is missing (the refiner cannot be a '
-        'teacher)',
-    )
-    one, two = parts[2].config, parts[3].config
-    need(
-        u.addition_embed_type == 'text_time',
-        f'the U-Net takes {u.addition_embed_type!r} beside the time, SDXL\'s takes pooled text and sizes '
-        '(text_time)',
-    )
-    need(
-        one.hidden_size + two.hidden_size == u.cross_attention_dim,
-        f'the text encoders give {one.hidden_size} + {two.hidden_size} numbers per token, the U-Net reads '
-        f'{u.cross_attention_dim} (cross_attention_dim)',
-    )
-    beside = two.projection_dim + 6*u.addition_time_embed_dim
-    need(
-        beside == u.projection_class_embeddings_input_dim,
-        f'pooled text and sizes are {beside} numbers, the U-Net reads '
-        f'{u.projection_class_embeddings_input_dim} (projection_class_embeddings_input_dim)',
-    )
-
-    need(
-        vae.latent_channels == u.in_channels == u.out_channels,
-        f'the VAE has {vae.latent_channels} latent channels, the U-Net takes {u.in_channels} and answers '
-        f'{u.out_channels} (an inpainting model takes more)',
-    )
-
-    for words, text in ((parts[0], one), (parts[1], two)):
-        need(
-            words.model_max_length <= text.max_position_embeddings,
-            f'a tokenizer makes up to {words.model_max_length:.5g} tokens, its text encoder reads '
-            f'{text.max_position_embeddings} (are the tokenizer files missing?)',
-        )
-    need(
-        parts[0].model_max_length == parts[1].model_max_length,
-        f'the tokenizers make {parts[0].model_max_length} and {parts[1].model_max_length} tokens, which '
-        'cannot stand side by side',
-    )
+    fits = lambda ok, what: require(ok, path, what)
+    parts = pipe.tokenizer, pipe.tokenizer_2, pipe.text_encoder, pipe.text_encoder_2
+    fits(all(p is not None for p in parts),
+         'SDXL has two tokenizers and two text encoders, here one is missing (the refiner cannot be a teacher)')
+    u, vae, one, two = pipe.unet.config, pipe.vae.config, pipe.text_encoder.config, pipe.text_encoder_2.config
+    fits(u.addition_embed_type == 'text_time',
+         f'the U-Net takes {u.addition_embed_type!r} beside the time, SDXL\'s takes pooled text and sizes (text_time)')
+    fits(one.hidden_size + two.hidden_size == u.cross_attention_dim,
+         f'the text encoders give {one.hidden_size} + {two.hidden_size} numbers per token, the U-Net reads '
+         f'{u.cross_attention_dim} (cross_attention_dim)')
+    pooled, reads = two.projection_dim + 6*u.addition_time_embed_dim, u.projection_class_embeddings_input_dim
+    fits(pooled == reads, f'pooled text and sizes are {pooled} numbers, the U-Net reads {reads} '
+                          '(projection_class_embeddings_input_dim)')
+    fits(vae.latent_channels == u.in_channels == u.out_channels,
+         f'the VAE has {vae.latent_channels} latent channels, the U-Net takes {u.in_channels} and answers '
+         f'{u.out_channels} (an inpainting model takes more)')
+    lengths = [t.model_max_length for t in parts[:2]]
+    for length, text in zip(lengths, (one, two)):
+        fits(length <= text.max_position_embeddings,
+             f'a tokenizer makes up to {length:.5g} tokens, its text encoder reads {text.max_position_embeddings} '
+             '(are the tokenizer files missing?)')
+    fits(lengths[0] == lengths[1],
+         f'the tokenizers make {lengths[0]} and {lengths[1]} tokens, which cannot stand side by side')
 
 # %% ../../nbs/2_teachers/05_sdxl.ipynb #36265e70
 def load_sdxl(

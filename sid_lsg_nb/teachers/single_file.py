@@ -24,16 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTokenizer
-from sid_lsg_nb.teachers.loading import (
-    SD_LAYOUT,
-    Layout,
-    assemble_pipeline,
-    build_empty_part,
-    find_class,
-    load_part_config,
-    dtype_argument,
-    reject,
-)
+from .loading import SD_LAYOUT, Layout, assemble_pipeline, build_empty_part, find_class
+from .loading import load_part_config, dtype_argument, reject
 from ..core import EMBEDDED
 from ..checkpoint_reader import find_network, read_checkpoint
 
@@ -316,7 +308,7 @@ def open_single_file(
         made = {
             part: kind.from_pretrained(folder/part)
             if 'tokenizer' in part
-            else build_empty_part(folder/part, kind, load_part_config(folder/part, kind, path))
+            else build_empty_part(kind, load_part_config(folder/part, kind, path))
             for part, kind in kinds.items()
         }
         check_tensors(made, tensors, path)

@@ -25,7 +25,7 @@ def betas_until(
     scheduler, # of diffusers, with a table
     t_init:int, # its last row
 )->list[float]: # betas: a list, since a tensor cannot be saved to JSON
-    "The table up to t_init; pure noise keeps diffusers' own 2^-24 of signal, because stock schedulers divide by it"
+    "The table up to t_init; pure noise keeps diffusers' own 2^-24 of signal: stock schedulers divide by it"
     betas = scheduler.betas.tolist()[: t_init + 1]
     kept = math.prod(1 - b for b in betas[:-1])
     return [*betas[:-1], min(betas[-1], max(0., 1 - 2**-24/kept))]
@@ -97,7 +97,7 @@ def few_step_scheduler(
     scheduler, # the teacher's, or the one-step scheduler of a saved generator
     t_init:int=625,
 )->LCMScheduler:
-    "A stock scheduler that re-noises between steps; give `timesteps=step_times(t_init, K)` and noise times `sigma_t`"
+    "A stock scheduler that re-noises between steps; give `timesteps=step_times(t_init, K)`, noise times sigma_t"
     betas = betas_until(scheduler, t_init)
     return LCMScheduler(
         trained_betas=betas,
