@@ -4,20 +4,22 @@
 
 # %% ../nbs/7_commands/08_cli.ipynb #ee0f7e27
 from __future__ import annotations
-import importlib, json, logging, os, sys, warnings
+import importlib, json, logging, os, shutil, sys, textwrap, warnings
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
+from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
-from .training.config import PRESETS, DEFAULT_PRESETS, Config, check, resume_folder, saved_config
+from .training.config import GROUPS, PRESETS, DEFAULT_PRESETS, Config, check, config_from_dict, grouped_settings
+from .training.config import resume_folder, saved_config, settings_in_file
 from .commands.status import status
 
 # %% auto #0
 __all__ = ['COMMANDS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'sample', 'is_distributed', 'last_value',
-           'pipeline_name', 'default_preset', 'defaults_of', 'print_status', 'command_of', 'parse', 'silence_libraries',
-           'read_command', 'print_error', 'main']
+           'pipeline_name', 'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option',
+           'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -83,12 +85,14 @@ def default_preset(teacher:str)->str:
     return DEFAULT_PRESETS[family_of(teacher)]
 def defaults_of(argv:list[str])->Config:
     "What holds for all settings that are not given: the resumed run's, the preset's; without a preset `embedded`, or that of the other teacher's family"
-    name = last_value(argv, '--preset') or default_preset(last_value(argv, '--teacher', 'embedded'))
+    file = last_value(argv, '--config')
+    given = settings_in_file(file) if file else {}
+    name = last_value(argv, '--preset') or given.get('preset') or default_preset(last_value(argv, '--teacher', given.get('teacher', 'embedded')))
     if name not in PRESETS: raise InputError(f'preset {name!r} is not known; use one of {", ".join(PRESETS)}')
     folder = resume_folder(Config(preset=name, resume=last_value(argv, '--resume'), out=last_value(argv, '--out')))
     first = not is_distributed() or os.environ.get('RANK') == '0'
-    if folder is None or not first and not (folder/'config.json').is_file(): return PRESETS[name]     # the first process's settings will hold
-    return saved_config(folder)
+    if folder is None or not first and not (folder/'config.json').is_file(): return config_from_dict(given | dict(preset=name), file, PRESETS[name])     # the first process's settings will hold
+    return config_from_dict(given, file, saved_config(folder)) if given else saved_config(folder)
 
 # %% ../nbs/7_commands/08_cli.ipynb #6a4b94f8
 def print_status(args:Status):
@@ -107,13 +111,38 @@ COMMANDS = { # dataclass: (name, what it does, module and function, imported onl
     Export: ('export', 'Write what leaves the house: single file, LoRA, ONNX, fp16 files, model card.', 'commands.convert.export_to'),
     Import: ('import', 'Read a published .pkl or .pt without running what is in it, and write a stock pipeline.', 'commands.convert.import_from'),
     Bench: ('bench', 'Time one iteration against its network calls alone, or count its memory.', 'commands.bench.bench')}
+def print_help(defaults:Config):
+    "The options of `distill` by group, with their choices, defaults and reasons"
+    texts, width = docments(Config), min(120, shutil.get_terminal_size().columns)
+    hints = get_type_hints(Config)
+    print('usage: sid-lsg distill [OPTIONS]', '', *textwrap.wrap(COMMANDS[Config][1], width), sep='\n')
+    print(*textwrap.wrap('--config FILE: settings from a .yaml or .json file, such as config.json of a run; options given here win. -h, --help: this text.', width), sep='\n')
+    for group, names in grouped_settings().items():
+        print(f'\n{group}: {GROUPS[group][1]}')
+        for k in names:
+            choices = get_args(hints[k]) if get_origin(hints[k]) is Literal else ()
+            told = f' {{{",".join(c or repr(c) for c in choices)}}}' if choices else ''
+            print(*textwrap.wrap(f'--{k.replace("_", "-")}{told} (default: {getattr(defaults, k)!r})', width, initial_indent='  ', subsequent_indent='      '), sep='\n')
+            print(*textwrap.wrap(texts[k], width, initial_indent='      ', subsequent_indent='      '), sep='\n')
+def without_option(argv:list[str], name:str)->list[str]:
+    "The words without one option and its value"
+    out, words = [], iter(argv)
+    for word in words:
+        if word == name: next(words, None)
+        elif not word.startswith(f'{name}='): out.append(word)
+    return out
 def command_of(args): # what `parse` gave
     "The function behind it"
     module, _, name = COMMANDS[type(args)][-1].rpartition('.')
     return getattr(importlib.import_module(f'sid_lsg_nb.{module}'), name)
 def parse(argv:list[str]): # an instance of one of the dataclasses
     "Command-line words to the dataclass of a command; exits with status 2 on an unknown option"
-    given = {Config: dict(default=defaults_of(argv))}
+    defaults = defaults_of(argv)
+    if argv[:1] == ['distill'] and {'-h', '--help'} & set(argv):
+        print_help(defaults)
+        raise SystemExit(0)
+    argv = without_option(argv, '--config') if argv[:1] == ['distill'] else argv
+    given = {Config: dict(default=defaults)}
     rows = [Annotated[kind, tyro.conf.subcommand(name, description=text, **given.get(kind, {}))] for kind, (name, text, _) in COMMANDS.items()]
     return tyro.cli(Union[tuple(rows)], prog='sid-lsg', args=argv, description='Turn a text-to-image diffusion model into a one-step generator (SiD-LSG), with no training images.', config=(tyro.conf.OmitSubcommandPrefixes,))
 

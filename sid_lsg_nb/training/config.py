@@ -4,7 +4,7 @@
 
 # %% ../../nbs/6_training/04_config.ipynb #2b164f45
 from __future__ import annotations
-import importlib.util, itertools, json, math, re
+import importlib.util, itertools, json, math, re, yaml
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -15,12 +15,13 @@ if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
-__all__ = ['SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'PUBLISHED',
-           'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'Config',
-           'guidance_scales', 'check', 'with_gan_times', 'check_combinations', 'resolve', 'recipe_of', 'lr_of',
-           'run_title', 'preset_from_row', 'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows',
-           'has_type', 'config_from_dict', 'saved_config', 'has_started', 'resume_folder', 'changed_settings',
-           'teacher_shapes', 'count_weights', 'estimate_time', 'dry_run']
+__all__ = ['GROUPS', 'SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS',
+           'PUBLISHED', 'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS',
+           'OF_ONE_RUN', 'Config', 'grouped_settings', 'guidance_scales', 'check', 'with_gan_times',
+           'check_combinations', 'resolve', 'recipe_of', 'lr_of', 'run_title', 'preset_from_row', 'require_run_folder',
+           'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type', 'config_from_dict', 'settings_in_file',
+           'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'teacher_shapes', 'count_weights',
+           'estimate_time', 'dry_run']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -103,6 +104,27 @@ class Config:
         "`mixed_precision` and `weight_dtype` in one word"
         if self.weight_dtype != 'fp32': return f'pure-{self.weight_dtype}'
         return 'fp32' if self.mixed_precision == 'no' else self.mixed_precision
+
+# %% ../../nbs/6_training/04_config.ipynb #5e893344
+GROUPS = { # a group of settings: (its first field, what the group is for)
+    'run': ('preset', 'what is distilled, with which prompts, and where the result goes'),
+    'guidance': ('guidance', 'where classifier-free guidance acts, and how strongly'),
+    'loss': ('method', 'what is minimised'),
+    'times': ('timestep_sampling', 'the noise levels of training, and the steps of the generator'),
+    'real images': ('real_images', 'an adversarial loss, for those who have pictures'),
+    'batches': ('proportion_empty_prompts', 'how long, and how many images at once'),
+    'optimiser': ('lr', 'Adam, for generator and fake'),
+    'memory and speed': ('mixed_precision', 'number formats, and what is kept where'),
+    'average': ('ema_halflife', 'the average of the generator (EMA), which is the result'),
+    'seed and device': ('seed', 'where the randomness comes from, and where the run goes'),
+    'log': ('log_every', 'what a run writes down, and when it stops by itself'),
+    'scores': ('eval_every', 'scores during the run and after it'),
+}
+def grouped_settings()->dict[str, list[str]]: # group: names of its settings
+    "The settings of each group, in order"
+    names = [f.name for f in fields(Config)]
+    starts = [names.index(first) for first, _ in GROUPS.values()] + [len(names)]
+    return {group: names[a:b] for group, a, b in zip(GROUPS, starts, starts[1:])}
 
 # %% ../../nbs/6_training/04_config.ipynb #a11f7d08
 def guidance_scales(config:Config)->Kappa:
@@ -281,14 +303,26 @@ def has_type(value, hint)->bool:
     if get_args(hint): return any(has_type(value, h) for h in get_args(hint))
     if hint in (int, float): return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
-def config_from_dict(values:dict, source)->Config:
+def config_from_dict(values:dict, source, base:Config=Config())->Config:
     "Settings as they were saved; raises `InputError` for one that this version does not know, or a value of another type"
     known = get_type_hints(Config); strange = [k for k in values if k not in known]
     if strange: raise InputError(f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know ({", ".join(strange[:3])}); start a new run, or go on with the version that made it')
     hints = {k: h for k, h in known.items() if k in values}
     wrong = [k for k, h in hints.items() if not has_type(values[k], h)]
     if wrong or not hints: raise InputError(f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it')
-    return Config(**{k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in hints})
+    return replace(base, **{k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in hints})
+OF_ONE_RUN = 'out', 'resume', 'dry_run' # settings that say what to do now, not what a run is
+def settings_in_file(file)->dict:
+    "The settings in a file, config.json of a run or a list of lines `name: value` (YAML), without those of `OF_ONE_RUN`; raises `InputError` for a file that is neither"
+    file = Path(file).expanduser()
+    if file.suffix == '.json': values = read_json(file)
+    else:
+        try: values = yaml.safe_load(file.read_text(encoding='utf-8'))
+        except (OSError, ValueError, yaml.YAMLError) as e:
+            raise InputError(f'--config {file} cannot be read ({type(e).__name__}); give a .yaml or .json file of settings') from e
+    if not isinstance(values, dict): raise InputError(f'--config {file} is no list of settings; write one `name: value` per line')
+    config_from_dict(values, file)
+    return {k: v for k, v in values.items() if k not in OF_ONE_RUN}
 def saved_config(folder, say=print)->Config:
     "The config of a run folder, or, if that cannot be used, its newest checkpoint's; raises `InputError` if there is neither"
     file = Path(folder)/'config.json'
@@ -353,7 +387,7 @@ def dry_run(config:Config, world:int=1):
     from sid_lsg_nb.core import EMBEDDED
     from sid_lsg_nb.training.memory import budget, meta_unet, print_budget
     config = resolve(config, world); micro, cuts, k, shapes = config.micro_batch, config.gradient_accumulation_steps, guidance_scales(config), teacher_shapes(config.teacher)
-    print('\n'.join(f'{k:>27} = {v!r}' for k, v in asdict(config).items()))
+    print('\n'.join(f'{k}: {json.dumps(v)}' for k, v in asdict(config).items()))
     print(f'\none iteration: {config.total_batch_size} images = {micro} at once x {cuts} rounds x {world} process(es), for the fake and again for the generator; {math.ceil(config.max_train_images/config.total_batch_size):,} iterations')
     if shapes is None: print(f'memory: unknown for this kind of teacher, or before {config.teacher!r} is fetched')
     else: print_budget('memory per process, counted from shapes; workspaces come on top' + (' (before sharding)' if config.fsdp else '') + ':', budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=micro, precision=config.precision, guided=k != Kappa(),
