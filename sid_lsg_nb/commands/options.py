@@ -23,6 +23,7 @@ class Sample:
     steps: int | None = None # network steps; default: as many as the generator was trained for
     batch: int = 16     # pictures drawn at once
     device: str = 'auto' # auto, cpu, cuda, mps
+
 @dataclass(frozen=True)
 class Status:
     "Where runs stand"
@@ -33,18 +34,30 @@ class Status:
 class Evaluate:
     "Score pictures by a protocol, and keep the numbers with all that made them"
     what: tyro.conf.Positional[str] # run folder, diffusers pipeline, "embedded", or a folder of pictures
-    protocol: str = ''           # how to score, e.g. coco30k; default: tiny for students of the bundled teacher
-    reference: str = ''          # the real pictures: a folder, or a file of statistics (npz, safetensors); tiny brings its own
-    captions: str = ''           # one per picture, in their order: a text file, or whatever --prompts of distill takes; tiny brings its own
-    n: int | None = None         # fewer pictures than the protocol wants; the result then gets a name of its own
+    # how to score, e.g. coco30k; default: tiny for students of the bundled teacher
+    protocol: str = ''
+    # the real pictures: a folder, or a file of statistics (npz, safetensors); tiny brings its own
+    reference: str = ''
+    # one per picture, in their order: a text file, or whatever --prompts of distill takes; tiny brings its
+    # own
+    captions: str = ''
+    # fewer pictures than the protocol wants; the result then gets a name of its own
+    n: int | None = None
     steps: int | None = None     # network steps; default: 1 for a one-step student, 25 with --kappa
     kappa: float | None = None   # draw as a many-step teacher with this guidance scale, by DPM-Solver++
-    inception: str = ''          # Inception as a TorchScript file, or "bundled" for the 32-pixel scorer; default: fetched once by clean-fid
-    clip: str = ''               # "none", a file with the weights of the protocol's image-text model, or another open_clip MODEL/WEIGHTS; default: the protocol's, fetched once
+    # Inception as a TorchScript file, or "bundled" for the 32-pixel scorer; default: fetched once by
+    # clean-fid
+    inception: str = ''
+    # "none", a file with the weights of the protocol's image-text model, or another open_clip MODEL/WEIGHTS;
+    # default: the protocol's, fetched once
+    clip: str = ''
     rewards: tuple[str, ...] = () # further judges: pickscore, imagereward, hpsv2=FILE, aesthetic=FILE
-    out: str = ''                # JSON file, must not exist; default: the next free scores-PROTOCOL.json in the folder that is scored
-    seed: int | None = None      # picture i is drawn from seed + i, default 0; of a folder of pictures: what it was drawn from, if known
-    precision: Literal['', 'fp32', 'bf16', 'fp16'] = '' # the network that draws, default fp32; of a folder of pictures: what drew it, if known
+    # JSON file, must not exist; default: the next free scores-PROTOCOL.json in the folder that is scored
+    out: str = ''
+    # picture i is drawn from seed + i, default 0; of a folder of pictures: what it was drawn from, if known
+    seed: int | None = None
+    # the network that draws, default fp32; of a folder of pictures: what drew it, if known
+    precision: Literal['', 'fp32', 'bf16', 'fp16'] = ''
     batch: int = 16              # pictures at once in one process
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
 
@@ -53,12 +66,15 @@ class Evaluate:
 class Compare:
     "Lay runs side by side on one page: settings, scores, curves, and pictures at the same noise and prompts"
     runs: tyro.conf.Positional[tuple[str, ...]] # run folders or one-step pipelines, one column each
-    prompts: tuple[str, ...] = () # in quotes, or a text file with one prompt per line; default: the first ones of the first run
+    # in quotes, or a text file with one prompt per line; default: the first ones of the first run
+    prompts: tuple[str, ...] = ()
     n: int = 8                   # rows from a text file or a run; prompts in quotes are all shown
     seed: int = 0                # row i is drawn from seed + i, the same in every column
     out: str = 'compare.html'    # the page; an older page is replaced, another file is not
     steps: int = 1               # network steps of the columns
-    teacher: str = ''            # one more column in front: "run" for the teacher of the first run, or a pipeline folder, "embedded" or a hub id
+    # one more column in front: "run" for the teacher of the first run, or a pipeline folder, "embedded" or a
+    # hub id
+    teacher: str = ''
     teacher_steps: int | None = None  # of that column; default: as in the sheets of the first run, else 25
     teacher_kappa: float | None = None # of that column; default: as in the sheets of the first run, else 3
     size: int = 512              # larger pictures are shrunk to this side on the page
@@ -70,15 +86,22 @@ class Compare:
 class Export:
     "Hand a student to other programs"
     run: tyro.conf.Positional[str] # run folder, or a saved student
-    to: Literal['single-file', 'lora', 'onnx', 'fp16', 'card'] # one file for ComfyUI and A1111; a LoRA for the base model; one ONNX graph; 16-bit files beside the others; a model card
-    out: str = ''                # single-file, lora, onnx: file or folder, must not exist; default: NAME.safetensors, NAME-lora, NAME-onnx in the run folder
+    # one file for ComfyUI and A1111; a LoRA for the base model; one ONNX graph; 16-bit files beside the
+    # others; a model card
+    to: Literal['single-file', 'lora', 'onnx', 'fp16', 'card']
+    # single-file, lora, onnx: file or folder, must not exist; default: NAME.safetensors, NAME-lora, NAME-onnx
+    # in the run folder
+    out: str = ''
     base: str = ''               # lora: the base model; default: the run's teacher
     rank: int = 64               # lora: higher is nearer and larger
     kohya: bool = False          # lora: also kohya.safetensors, with the names that ComfyUI and A1111 read
     dtype: Literal['fp16', 'bf16', 'fp32'] = 'fp16' # single-file, lora: number format
     title: str = ''              # single-file, card: for people; default: the file's or the run's name
-    results: tuple[str, ...] = () # card: saved results for its scores; default: every scores-*.json of the run
-    push: str = ''               # card: then upload the student's folder to this repository of the hub, OWNER/NAME; without it nothing is uploaded
+    # card: saved results for its scores; default: every scores-*.json of the run
+    results: tuple[str, ...] = ()
+    # card: then upload the student's folder to this repository of the hub, OWNER/NAME; without it nothing is
+    # uploaded
+    push: str = ''
     public: bool = False         # card: a repository made for the upload is private unless this is given
     device: str = 'auto'         # lora: where the singular values are found
 
@@ -86,17 +109,23 @@ class Export:
 @dataclass(frozen=True)
 class Import:
     "Make a student of a one-step UNet that was trained elsewhere"
-    file: tyro.conf.Positional[str] # .pkl or .pt of the official code (read without running it), .safetensors, or a folder that diffusers saved
+    # .pkl or .pt of the official code (read without running it), .safetensors, or a folder that diffusers
+    # saved
+    file: tyro.conf.Positional[str]
     out: str                     # folder for the student, must not exist
-    base: str = ''               # what it was distilled from: "embedded", a pipeline folder or a hub id; default: the folder itself, if it is a whole pipeline
-    t_init: int = 625            # time at which its one step starts: 625 for SiD-LSG, 999 for many others; nothing in the file says so
+    # what it was distilled from: "embedded", a pipeline folder or a hub id; default: the folder itself, if it
+    # is a whole pipeline
+    base: str = ''
+    # time at which its one step starts: 625 for SiD-LSG, 999 for many others; nothing in the file says so
+    t_init: int = 625
     key: str = 'ema'             # the network's name in a .pkl or .pt
 
 # %% ../../nbs/7_commands/01_options.ipynb #1d26fdb0
 @dataclass(frozen=True)
 class Bench:
     "Time one iteration against its network calls alone, and count its memory"
-    teacher: str = 'embedded'      # "embedded", a folder, or random-sd15 / random-sd21-base: random weights of the published size
+    # "embedded", a folder, or random-sd15 / random-sd21-base: random weights of the published size
+    teacher: str = 'embedded'
     micro_batch: int = 4           # images at once; one micro-batch is one iteration here
     repeat: int = 5                # iterations timed, each beside its floor
     memory: bool = False           # only print the memory table, counted from shapes

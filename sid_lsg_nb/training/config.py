@@ -15,89 +15,142 @@ if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
-__all__ = ['GROUPS', 'SD15', 'SD21', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS',
-           'PUBLISHED', 'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS',
-           'OF_ONE_RUN', 'Config', 'grouped_settings', 'guidance_scales', 'check', 'with_gan_times',
-           'check_combinations', 'resolve', 'recipe_of', 'lr_of', 'run_title', 'preset_from_row', 'require_run_folder',
-           'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type', 'config_from_dict', 'settings_in_file',
-           'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'teacher_shapes', 'count_weights',
-           'estimate_time', 'dry_run']
+__all__ = ['GROUPS', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'SD15', 'SD21', 'SD21_768', 'SDXL', 'PIXART', 'SD3', 'SANA',
+           'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD', 'TWO_AT_ONCE', 'ALL_FP16', 'PUBLISHED',
+           'COMMON', 'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'OF_ONE_RUN',
+           'TIMED', 'Config', 'grouped_settings', 'guidance_scales', 'check', 'check_batches', 'require_one_batch',
+           'with_gan_times', 'check_combinations', 'check_files', 'check_gan_times', 'resolve', 'recipe_of', 'lr_of',
+           'run_title', 'preset_from_row', 'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows',
+           'has_type', 'config_from_dict', 'settings_in_file', 'saved_config', 'has_started', 'resume_folder',
+           'changed_settings', 'teacher_shapes', 'count_weights', 'estimate_time', 'print_memory', 'files_of',
+           'dry_run']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
 class Config:
     "Settings of one distillation run"
-    preset: str = 'embedded'       # row of the preset table that the other settings start from (on the command line that of the teacher's family if another teacher is given)
-    teacher: str = 'embedded'      # "embedded", a folder or hub id of a diffusers pipeline, one .safetensors or .ckpt file of Stable Diffusion or SDXL, or an EDM network (.pkl or folder)
-    prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample'] = '' # what the teacher's network predicts, where its files do not say so or are wrong; default: as they say
-    prompts: str = ''              # a file of text, JSON, CSV, TSV, Parquet, Arrow or WebDataset, a folder of them, or a dataset's name; the embedded teacher and EDM networks bring their own
+    # row of the preset table that the other settings start from (on the command line that of the teacher's
+    # family if another teacher is given)
+    preset: str = 'embedded'
+    # "embedded", a folder or hub id of a diffusers pipeline, one .safetensors or .ckpt file of Stable
+    # Diffusion or SDXL, or an EDM network (.pkl or folder)
+    teacher: str = 'embedded'
+    # what the teacher's network predicts, where its files do not say so or are wrong; default: as they say
+    prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample'] = ''
+    # a file of text, JSON, CSV, TSV, Parquet, Arrow or WebDataset, a folder of them, or a dataset's name; the
+    # embedded teacher and EDM networks bring their own
+    prompts: str = ''
     column: str = ''               # where the prompts are, in a table with several columns of text
-    out: str = ''                  # run folder, must not exist (but see resume); default: the next free runs/PRESET-N
-    resume: str = ''               # run folder to go on with from its newest good checkpoint; "latest": --out if it holds a run, else the newest run of this preset; a new one if there is none
-    guidance: Literal['lsg', 'long', 'short', 'zero', 'anti'] = 'lsg' # where guidance acts: all four places, teacher only, training of the fake only; zero: nowhere, and the fake sees no prompts; anti: negative, in the fake
-    kappa: float = 1.25            # guidance scale put there; more follows the prompt better, with less variety
+    # run folder, must not exist (but see resume); default: the next free runs/PRESET-N
+    out: str = ''
+    # run folder to go on with from its newest good checkpoint; "latest": --out if it holds a run, else the
+    # newest run of this preset; a new one if there is none
+    resume: str = ''
+    # where guidance acts: all four places, teacher only, training of the fake only; zero: nowhere, and the
+    # fake sees no prompts; anti: negative, in the fake
+    guidance: Literal['lsg', 'long', 'short', 'zero', 'anti'] = 'lsg'
+    # guidance scale put there; more follows the prompt better, with less variety
+    kappa: float = 1.25
     kappa1: float | None = None    # override: the fake, while it is trained
     kappa2: float | None = None    # override: the fake, inside y_real - y_fake
     kappa3: float | None = None    # override: the fake, inside y_fake - x_g
     kappa4: float | None = None    # override: the teacher
-    method: Literal['sid', 'fisher', 'sim', 'di'] = 'sid' # member of the loss family: SiD with alpha, exact Fisher, SIM with a distance, Diff-Instruct
+    # member of the loss family: SiD with alpha, exact Fisher, SIM with a distance, Diff-Instruct
+    method: Literal['sid', 'fisher', 'sim', 'di'] = 'sid'
     alpha: float = 1.0             # SiD's loss coefficient; the published text-to-image value
-    distance: str = 'huber'        # of sim: l2, huber:C0, huber-abs:C, p:P; huber keeps single samples from pulling too hard
+    # of sim: l2, huber:C0, huber-abs:C, p:P; huber keeps single samples from pulling too hard
+    distance: str = 'huber'
     space: Literal['x0', 'score'] = 'x0' # of sim: where the distance is measured
-    loss_weight: Literal['l1', 'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'l1' # per-sample weight; l1 makes the loss scale-free, so lr carries over between teachers; sim usually takes none
-    fake_loss_weight: Literal['none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr' # of the fake's loss; snr is the plain error of epsilon
-    timestep_sampling: str = 'uniform' # how t is drawn: uniform, karras, edm[:MEAN,STD], logit-normal[:MEAN,STD]
+    # per-sample weight; l1 makes the loss scale-free, so lr carries over between teachers; sim usually takes
+    # none
+    loss_weight: Literal[
+        'l1', 'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'l1'
+    # of the fake's loss; snr is the plain error of epsilon
+    fake_loss_weight: Literal[
+        'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr'
+    # how t is drawn: uniform, karras, edm[:MEAN,STD], logit-normal[:MEAN,STD]
+    timestep_sampling: str = 'uniform'
     timestep_sampling_fake: str | None = None # the same in the fake's steps; default: the same
-    t_min: int | float | None = None # times of x_t are drawn from [t_min, t_max), the ends teach little and are noisy; default: 20 and 980 of a table's 1000, .02 and .98 of a flow, 0 and 800 of EDM
+    # times of x_t are drawn from [t_min, t_max), the ends teach little and are noisy; default: 20 and 980 of
+    # a table's 1000, .02 and .98 of a flow, 0 and 800 of EDM
+    t_min: int | float | None = None
     t_max: int | float | None = None # the upper end of these times; default: see t_min
-    t_init: int | float | None = None # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
-    student_steps: int = 1         # of the generator; more than one re-noises in between, and every step is trained in turn
-    renoise: Literal['fresh', 'fixed'] = 'fresh' # noise between the steps in training: new, or the start noise again; drawing takes new noise
-    real_images: str = ''          # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
-    gan_weight_generator: float = 1e-4 # the generator's adversarial loss beside its own loss (published: 0.01 beside 100)
+    # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
+    t_init: int | float | None = None
+    # of the generator; more than one re-noises in between, and every step is trained in turn
+    student_steps: int = 1
+    # noise between the steps in training: new, or the start noise again; drawing takes new noise
+    renoise: Literal['fresh', 'fixed'] = 'fresh'
+    # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
+    real_images: str = ''
+    # the generator's adversarial loss beside its own loss (published: 0.01 beside 100)
+    gan_weight_generator: float = 1e-4
     gan_weight_discriminator: float = 1.0 # the discriminator's loss beside the fake's
-    gan_freeze_generator_until: int | None = None # images until which the generator is not updated; default: a tenth of the run, at most the published 100,000
-    gan_start: int | None = None   # images after which the generator has an adversarial loss; default: a fifth of the run, at most the published 200,000
+    # images until which the generator is not updated; default: a tenth of the run, at most the published
+    # 100,000
+    gan_freeze_generator_until: int | None = None
+    # images after which the generator has an adversarial loss; default: a fifth of the run, at most the
+    # published 200,000
+    gan_start: int | None = None
     gan_layer: str = ''            # of the fake's network; default: its deepest
-    proportion_empty_prompts: float = 0.1 # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
+    # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
+    proportion_empty_prompts: float = 0.1
     max_train_images: int = 8_800  # images to train on
-    total_batch_size: int = 16     # images per step, of all processes together; 0: micro_batch x gradient_accumulation_steps x processes
-    micro_batch: int | None = None # at most so many at once in one process (memory); default: all of its share
+    # images per step, of all processes together; 0: micro_batch x gradient_accumulation_steps x processes
+    total_batch_size: int = 16
+    # at most so many at once in one process (memory); default: all of its share
+    micro_batch: int | None = None
     gradient_accumulation_steps: int | None = None # micro-batches per step; default: as many as it takes
     lr: float = 1e-4               # of the generator; presets of full size have 1e-6, those of CIFAR-10 1e-5
     lr_fake: float = 1e-4          # fake; equal to lr in the published runs
     adam_epsilon: float | None = None # default: 1e-8; 1e-6 with weights in fp16, 1e-4 in bf16
-    clip_grad_value: float | None = None # clip each number of the gradient to +- this value (the max_grad_norm of diffusers is another thing: a norm); 1 in the published fp16 run, none in the others
+    # clip each number of the gradient to +- this value (the max_grad_norm of diffusers is another thing: a
+    # norm); 1 in the published fp16 run, none in the others
+    clip_grad_value: float | None = None
     mixed_precision: Literal['no', 'bf16', 'fp16'] = 'no' # compute in 16 bits, with weights in fp32
-    weight_dtype: Literal['fp32', 'bf16', 'fp16'] = 'fp32' # bf16, fp16: store everything in 16 bits, and compute in them; not together with mixed_precision
-    tf32: bool = False             # let NVIDIA GPUs round fp32 products to 19 bits: faster; off in the published runs
+    # bf16, fp16: store everything in 16 bits, and compute in them; not together with mixed_precision
+    weight_dtype: Literal['fp32', 'bf16', 'fp16'] = 'fp32'
+    # let NVIDIA GPUs round fp32 products to 19 bits: faster; off in the published runs
+    tf32: bool = False
     sequential_gradient: bool = False       # one network's graph in memory at a time: less memory, more time
-    gradient_checkpointing: bool = False    # recompute activations in the backward pass: much less memory, more time
-    lora: Literal['none', 'fake', 'generator', 'both'] = 'none' # learn low-rank additions on the teacher's weights, which are then shared; usually wants a larger lr
+    # recompute activations in the backward pass: much less memory, more time
+    gradient_checkpointing: bool = False
+    # learn low-rank additions on the teacher's weights, which are then shared; usually wants a larger lr
+    lora: Literal['none', 'fake', 'generator', 'both'] = 'none'
     lora_rank: int = 64            # of the LoRA
     use_8bit_adam: bool = False    # Adam's states in 8 bits; needs bitsandbytes
-    offload: tuple[Literal['vae', 'ema'], ...] = () # what waits on the CPU: the VAE while nothing is decoded; the average (EMA), at the cost of a transfer per step
+    # what waits on the CPU: the VAE while nothing is decoded; the average (EMA), at the cost of a transfer
+    # per step
+    offload: tuple[Literal['vae', 'ema'], ...] = ()
     fsdp: bool = False             # several processes: slices of each network (FSDP2) instead of copies (DDP)
     compile: bool = False          # torch.compile the networks: minutes to start, then faster
     channels_last: bool = False    # memory layout that convolutions in 16 bits prefer
-    ema_halflife: float = 2_000    # images until half of an old weight is forgotten; 50,000 in the published runs
-    ema_rampup: float = 0.2        # early on the half-life is this part of the images seen; 0.05 in the published runs
+    # images until half of an old weight is forgotten; 50,000 in the published runs
+    ema_halflife: float = 2_000
+    # early on the half-life is this part of the images seen; 0.05 in the published runs
+    ema_rampup: float = 0.2
     seed: int = 0                  # of noise, times, prompts and pictures
     device: str = 'auto'           # auto, cpu, cuda, cuda:1, mps
     log_every: int = 160           # images between lines of log.jsonl; 0: only at checkpoints and at the end
     sample_every: int = 2_000      # images between sample sheets; 0: no sheets
     checkpoint_every: int = 2_000  # images between checkpoints; 0: only at the end, which always has one
     checkpoints_total_limit: int = 2 # checkpoints kept
-    divergence_factor: float = 10.0 # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
+    # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
+    divergence_factor: float = 10.0
     divergence_patience: int = 200 # stop after so many bad iterations in a row (skipped, or under alarm)
     report_to: Literal['none', 'tensorboard', 'wandb'] = 'none' # besides log.jsonl, which is always written
-    eval_every: int = 0            # images between scores of n_eval pictures during the run; 0: none until the end
+    # images between scores of n_eval pictures during the run; 0: none until the end
+    eval_every: int = 0
     eval_reference: str = ''       # folder of real pictures to score against; the bundled teacher needs none
-    inception: str = ''            # TorchScript file of the feature network for that, or "bundled"; default: clean-fid's Inception, fetched once
-    dry_run: bool = False          # print the resolved settings, a memory estimate and what would be written, and do nothing
+    # TorchScript file of the feature network for that, or "bundled"; default: clean-fid's Inception, fetched
+    # once
+    inception: str = ''
+    # print the resolved settings, a memory estimate and what would be written, and do nothing
+    dry_run: bool = False
     n_eval: int = 1_000            # pictures per row of the closing table; 0: no table
     teacher_steps: int = 25        # the teacher's sampler steps, in sheets and table
-    teacher_kappa: float = 1.5     # the teacher's guidance there; the best tiny-FD of the bundled one among 1, 1.25, 1.5, 2 and 3
+    # the teacher's guidance there; the best tiny-FD of the bundled one among 1, 1.25, 1.5, 2 and 3
+    teacher_kappa: float = 1.5
 
     @property
     def precision(self)->str: # a key of `PRECISIONS`
@@ -134,52 +187,109 @@ def guidance_scales(config:Config)->Kappa:
     return replace(base, **own)
 
 # %% ../../nbs/6_training/04_config.ipynb #175240f4
+POSITIVE = 'lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'
+NOT_NEGATIVE = ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every',
+                'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start')
+AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     from sid_lsg_nb.method.methods import make_method
-    def must(ok, text):
-        if not ok: raise InputError(text)
-    must(config.total_batch_size >= 0, f'total_batch_size {config.total_batch_size} must be at least 1, or 0 to have it derived from micro_batch and gradient_accumulation_steps')
-    must(config.micro_batch is None or 1 <= config.micro_batch <= (config.total_batch_size or config.micro_batch), f'micro_batch {config.micro_batch} must lie between 1 and total_batch_size ({config.total_batch_size})')
-    must(config.gradient_accumulation_steps is None or config.gradient_accumulation_steps >= 1, f'gradient_accumulation_steps {config.gradient_accumulation_steps} must be at least 1')
-    must(config.max_train_images >= config.total_batch_size, f'max_train_images {config.max_train_images} is less than one batch of {config.total_batch_size}; give a larger max_train_images')
-    must(0 <= config.proportion_empty_prompts < 1, f'proportion_empty_prompts {config.proportion_empty_prompts} must lie in [0, 1)')
-    for k in ('lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'): must((v := getattr(config, k)) is None or math.isfinite(v) and v > 0, f'{k} {v} must be a positive number')
-    for k in ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every', 'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start'): must((getattr(config, k) or 0) >= 0, f'{k} {getattr(config, k)} must not be negative')
-    for k in ('checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'): must(getattr(config, k) >= 1, f'{k} {getattr(config, k)} must be at least 1')
-    must(config.n_eval != 1, 'n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
+    check_batches(config)
+    if not 0 <= config.proportion_empty_prompts < 1:
+        raise InputError(f'proportion_empty_prompts {config.proportion_empty_prompts} must lie in [0, 1)')
+    for names, ok, rule in ((POSITIVE, lambda v: math.isfinite(v) and v > 0, 'be a positive number'),
+                            (NOT_NEGATIVE, lambda v: v >= 0, 'not be negative'),
+                            (AT_LEAST_ONE, lambda v: v >= 1, 'be at least 1')):
+        for k in names:
+            v = getattr(config, k)
+            if v is not None and not ok(v): raise InputError(f'{k} {v} must {rule}')
+    if config.n_eval == 1:
+        raise InputError('n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_combinations(config)
     guidance_scales(config)
     make_method(recipe_of(config, float(config.t_init or 625)))                           # what the times mean is the teacher's matter
     return config
+
+def check_batches(config:Config):
+    "Raise `InputError` for sizes that cannot work"
+    batch, micro, rounds = config.total_batch_size, config.micro_batch, config.gradient_accumulation_steps
+    if batch < 0:
+        derived = 'derived from micro_batch and gradient_accumulation_steps'
+        raise InputError(f'total_batch_size {batch} must be at least 1, or 0 to have it {derived}')
+    if micro is not None and not 1 <= micro <= (batch or micro):
+        raise InputError(f'micro_batch {micro} must lie between 1 and total_batch_size ({batch})')
+    if rounds is not None and rounds < 1: raise InputError(f'gradient_accumulation_steps {rounds} must be at least 1')
+    require_one_batch(config.max_train_images, batch)
+
+def require_one_batch(images:int, batch:int):
+    "Raise `InputError` for a run of less than one batch"
+    if images >= batch: return
+    raise InputError(f'max_train_images {images} is less than one batch of {batch}; give a larger max_train_images')
+
 def with_gan_times(config:Config)->Config:
-    "The config with what depends on the length of the run worked out"
+    "The config with what depends on the length of the run worked out, as in SiDA as far as the run is long enough"
     if not config.real_images: return config
-    rests, begins = min(100_000, config.max_train_images//10), min(200_000, config.max_train_images//5)            # SiDA's, as far as the run is long enough
-    return replace(config, gan_freeze_generator_until=rests if config.gan_freeze_generator_until is None else config.gan_freeze_generator_until, gan_start=begins if config.gan_start is None else config.gan_start)
+    freeze, start = config.gan_freeze_generator_until, config.gan_start
+    if freeze is None: freeze = min(100_000, config.max_train_images//10)
+    if start is None: start = min(200_000, config.max_train_images//5)
+    return replace(config, gan_freeze_generator_until=freeze, gan_start=start)
+
 def check_combinations(config:Config):
-    "Raise `InputError` for settings that exclude each other"
-    apart = [('mixed-precision', 'weight-dtype', config.mixed_precision != 'no' and config.weight_dtype != 'fp32', 'with weights in 16 bits everything is computed in them: leave one away'),
-             ('lora', 'weight-dtype', config.lora != 'none' and config.weight_dtype != 'fp32', 'take --mixed-precision: the shared weights are in 16 bits then anyway'),
-             ('lora', 'real-images', config.lora != 'none' and config.real_images, 'leave one away: the adversary learns in the fake\'s own weights'), ('lora', 'fsdp', config.lora != 'none' and config.fsdp, 'leave one away'), ('lora', 'compile', config.lora != 'none' and config.compile, 'leave one away'),
-             ('lora of the generator', 'offload ema', config.lora in ('generator', 'both') and 'ema' in config.offload, 'leave it away: the average of a LoRA is small'),
-             ('use-8bit-adam', 'fsdp', config.use_8bit_adam and config.fsdp, 'leave one away'), ('offload ema', 'fsdp', config.fsdp and 'ema' in config.offload, 'leave one away'),
-             ('eval-every', 'n-eval 0', config.eval_every and config.n_eval == 0, 'say how many pictures, --n-eval 1000')]
+    "Raise `InputError` for settings that exclude each other, or that name what is not there"
+    c, lora, ema = config, config.lora != 'none', 'ema' in config.offload
+    either = 'leave one away'
+    apart = [
+        ('mixed-precision', 'weight-dtype', c.mixed_precision != 'no' and c.weight_dtype != 'fp32',
+         'with weights in 16 bits everything is computed in them: leave one away'),
+        ('lora', 'weight-dtype', lora and c.weight_dtype != 'fp32',
+         'take --mixed-precision: the shared weights are in 16 bits then anyway'),
+        ('lora', 'real-images', lora and c.real_images,
+         'leave one away: the discriminator learns in the fake\'s own weights'),
+        ('lora', 'fsdp', lora and c.fsdp, either),
+        ('lora', 'compile', lora and c.compile, either),
+        ('lora of the generator', 'offload ema', c.lora in ('generator', 'both') and ema,
+         'leave it away: the average of a LoRA is small'),
+        ('use-8bit-adam', 'fsdp', c.use_8bit_adam and c.fsdp, either),
+        ('offload ema', 'fsdp', ema and c.fsdp, either),
+        ('eval-every', 'n-eval 0', c.eval_every and c.n_eval == 0, 'say how many pictures, --n-eval 1000')]
     for a, b, both, cure in apart:
         if both: raise InputError(f'{a} and {b} do not go together; {cure}')
-    if config.eval_every and config.teacher != 'embedded' and not config.eval_reference: raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
-    for given, what in ((config.eval_reference, 'eval-reference'), (config.real_images, 'real-images'), (config.inception, 'inception')):
-        if given and given != 'bundled' and not Path(given).expanduser().exists(): raise InputError(f'--{what} {given} does not exist; give a folder of pictures' if what != 'inception' else f'--{what} {given} does not exist; leave it away to have it fetched')
-    timed = with_gan_times(config)
-    for when, what in ((timed.gan_freeze_generator_until, 'freeze-generator-until: the generator would not be updated'), (timed.gan_start, 'start: there would be no adversarial loss')):
-        if config.real_images and when >= config.max_train_images: raise InputError(f'--gan-{what} for the whole run of {config.max_train_images:,} images; give a number below {config.max_train_images:,}, or a larger --max-train-images')
-    if config.report_to != 'none' and importlib.util.find_spec(config.report_to) is None: raise InputError(f'--report-to {config.report_to} needs the package; pip install {config.report_to}')
+    check_files(config)
+    check_gan_times(config)
+    if c.report_to != 'none' and importlib.util.find_spec(c.report_to) is None:
+        raise InputError(f'--report-to {c.report_to} needs the package; pip install {c.report_to}')
+
+def check_files(config:Config):
+    "Raise `InputError` for folders and files that are missing"
+    if config.eval_every and config.teacher != 'embedded' and not config.eval_reference:
+        raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
+    cures = dict(eval_reference='give a folder of pictures', real_images='give a folder of pictures',
+                 inception='leave it away to have it fetched')
+    for k, cure in cures.items():
+        file = getattr(config, k)
+        if file and file != 'bundled' and not Path(file).expanduser().exists():
+            raise InputError(f'--{k.replace("_", "-")} {file} does not exist; {cure}')
+
+def check_gan_times(config:Config):
+    "Raise `InputError` for an adversarial loss that would never act"
+    if not config.real_images: return
+    c, most = with_gan_times(config), config.max_train_images
+    never = {'gan-freeze-generator-until': (c.gan_freeze_generator_until, 'the generator would not be updated'),
+             'gan-start': (c.gan_start, 'there would be no adversarial loss')}
+    for name, (when, what) in never.items():
+        if when < most: continue
+        raise InputError(f'--{name}: {what} for the whole run of {most:,} images; '
+                         f'give a number below {most:,}, or a larger --max-train-images')
+
 def resolve(config:Config, world:int=1)->Config:
-    "Checked, with total_batch_size, micro_batch and gradient_accumulation_steps worked out for so many processes; raises `InputError`"
+    "Checked, with total_batch_size, micro_batch and gradient_accumulation_steps worked out; raises `InputError`"
     from sid_lsg_nb.training.distributed import divide
-    check(config); batch, micro_batch, gradient_accumulation_steps = divide(config.total_batch_size, config.micro_batch, config.gradient_accumulation_steps, world)
-    if config.max_train_images < batch: raise InputError(f'max_train_images {config.max_train_images} is less than one batch of {batch}; give a larger max_train_images')
-    return replace(with_gan_times(config), total_batch_size=batch, micro_batch=micro_batch, gradient_accumulation_steps=gradient_accumulation_steps)
+    check(config)
+    c = with_gan_times(config)
+    batch, micro, rounds = divide(c.total_batch_size, c.micro_batch, c.gradient_accumulation_steps, world)
+    require_one_batch(c.max_train_images, batch)
+    return replace(c, total_batch_size=batch, micro_batch=micro, gradient_accumulation_steps=rounds)
+
 def recipe_of(config:Config, t_init:int|float, usual:tuple=(20, 980))->Recipe: # usual: the schedule's [t_min, t_max); of a table by default
     "The part of the config that the method sees"
     from sid_lsg_nb.method.adversary import Adversary
@@ -206,14 +316,24 @@ def run_title(config:Config)->str:
 
 # %% ../../nbs/6_training/04_config.ipynb #b09e6191
 SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
+SD21_768 = 'stabilityai/stable-diffusion-2-1'
 SDXL, PIXART = 'stabilityai/stable-diffusion-xl-base-1.0', 'PixArt-alpha/PixArt-XL-2-512x512'
 SD3, SANA = 'stabilityai/stable-diffusion-3-medium-diffusers', 'Efficient-Large-Model/Sana_600M_512px_diffusers'
-EDM = 'edm-cifar10-32x32-uncond-vp.pkl', 'edm-cifar10-32x32-cond-vp.pkl'   # file names of the published teachers: give --teacher PATH
-PIXELS = dict(alpha=1.2, timestep_sampling_fake='edm', fake_loss_weight='edm', total_batch_size=256, micro_batch=None, lr=1e-5, lr_fake=1e-5, proportion_empty_prompts=0., ema_halflife=500_000, teacher_kappa=1., teacher_steps=18, n_eval=0) # SiD's run_sid.sh
-SID_DIT = dict(guidance='lsg', kappa=4.5, alpha=1., loss_weight='1-t', timestep_sampling='logit-normal', fake_loss_weight='velocity',
-    t_min=.001, t_max=.999, t_init=1., student_steps=4, total_batch_size=256, proportion_empty_prompts=.1, mixed_precision='bf16', lr=1e-6, lr_fake=1e-6, adam_epsilon=1e-8) # 2509.25127; the times: chapter 19
+# file names of the published teachers: give --teacher PATH
+EDM = 'edm-cifar10-32x32-uncond-vp.pkl', 'edm-cifar10-32x32-cond-vp.pkl'
+PIXELS = dict(alpha=1.2, timestep_sampling_fake='edm', fake_loss_weight='edm', total_batch_size=256, micro_batch=None,
+              lr=1e-5, lr_fake=1e-5, proportion_empty_prompts=0., ema_halflife=500_000,
+              teacher_kappa=1., teacher_steps=18, n_eval=0)                                  # SiD's run_sid.sh
+SID_DIT = dict(guidance='lsg', kappa=4.5, alpha=1., loss_weight='1-t', fake_loss_weight='velocity',
+               timestep_sampling='logit-normal', t_min=.001, t_max=.999, t_init=1., student_steps=4,
+               total_batch_size=256, proportion_empty_prompts=.1, mixed_precision='bf16',
+               lr=1e-6, lr_fake=1e-6, adam_epsilon=1e-8)                                     # 2509.25127
 SIM_WORDS = dict(method='sim', loss_weight='none', mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1)
 SIM_PIXELS = PIXELS | dict(method='sim', alpha=1., loss_weight='none')
+ONE_CARD = dict(mixed_precision='fp16', sequential_gradient=True, gradient_checkpointing=True, micro_batch=1,
+                offload=('vae',))
+TWO_AT_ONCE = dict(gradient_checkpointing=True, micro_batch=2)
+ALL_FP16 = dict(weight_dtype='fp16', clip_grad_value=1.)
 PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLIP  more settings
     'sd15-lsg-1.5':                  (SD15,  'lsg',   1.5,   8_806,  8.71, .302, {}),
     'sd15-lsg-1.5-long-training':    (SD15,  'lsg',   1.5,  18_789,  8.15, .304, {}),
@@ -226,47 +346,67 @@ PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLI
     'sd21-lsg-4.5':                  (SD21,  'lsg',   4.5,   7_168, 16.54, .322, {}),
     'cifar10-sid':                   (EDM[0], 'lsg',  1.0, 403_968, 1.923, None, PIXELS),
     'cifar10-sid-cond':              (EDM[1], 'lsg',  1.0, 713_312, 1.710, None, PIXELS),
-    'cifar10-sim':                   (EDM[0], 'lsg',  1.0, 403_968,  2.06, None, SIM_PIXELS), # FIDs are SIM's, settings SiD's: SIM's own were not found
+    # FIDs are SIM's, settings SiD's: SIM's own were not found
+    'cifar10-sim':                   (EDM[0], 'lsg',  1.0, 403_968,  2.06, None, SIM_PIXELS),
     'cifar10-sim-cond':              (EDM[1], 'lsg',  1.0, 713_312,  1.96, None, SIM_PIXELS),
     # no published result for any row below
     'sd15-long-2':                   (SD15,  'long',  2.0,   8_806,  None, None, {}),
     'sd15-short-0.5':                (SD15,  'short', 0.5,   8_806,  None, None, {}),   # our reading of "short"
     'sd21-long-2':                   (SD21,  'long',  2.0,   9_728,  None, None, {}),
     'sd21-short-0.5':                (SD21,  'short', 0.5,   9_728,  None, None, {}),
-    'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(weight_dtype='fp16', clip_grad_value=1.)),   # ours: weights in 16 bits and eps 1e-6 as the official --fp16 1, which has no EMA and another kappa
-    'sd21-768-lsg-1.5':              ('stabilityai/stable-diffusion-2-1', 'lsg', 1.5, 9_728, None, None, dict(gradient_checkpointing=True, micro_batch=2)),   # predicts v, 768 pixels
-    'sd15-zero-4step':               (SD15,  'zero',  1.0,   8_806,  None, None, dict(student_steps=4)),   # Zero-CFG of few-step SiD (2505.12674), without its GAN term
-    'sd15-anti-4step':               (SD15,  'anti',  1.0,   8_806,  None, None, dict(student_steps=4)),   # Anti-CFG; its scale is our guess
-    'sdxl-sim':                      (SDXL,  'long',  7.5,   1_000,  None, None, SIM_WORDS),   # kappa: a public rerun of SIM on SDXL; the rest is ours
-    'pixart-sim':                    (PIXART, 'long', 4.5,   1_000,  None, None, SIM_WORDS),   # SIM-DiT-600M: linear betas, t_init 440, bf16; its kappa, lr, batch and c were not found
-    'sd3-sid-dit':                   (SD3,   'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),   # 2509.25127; how many images was not found
+    # ours: weights in 16 bits and eps 1e-6 as the official --fp16 1, which has no EMA and another kappa
+    'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, ALL_FP16),
+    # predicts v, 768 pixels
+    'sd21-768-lsg-1.5':              (SD21_768, 'lsg', 1.5,  9_728,  None, None, TWO_AT_ONCE),
+    # Zero-CFG of few-step SiD (2505.12674), without its GAN term; Anti-CFG, whose scale is our guess
+    'sd15-zero-4step':               (SD15,  'zero',  1.0,   8_806,  None, None, dict(student_steps=4)),
+    'sd15-anti-4step':               (SD15,  'anti',  1.0,   8_806,  None, None, dict(student_steps=4)),
+    # kappa: a public rerun of SIM on SDXL; the rest is ours
+    'sdxl-sim':                      (SDXL,  'long',  7.5,   1_000,  None, None, SIM_WORDS),
+    # SIM-DiT-600M: linear betas, t_init 440, bf16; its kappa, lr, batch and c were not found
+    'pixart-sim':                    (PIXART, 'long', 4.5,   1_000,  None, None, SIM_WORDS),
+    # 2509.25127; how many images was not found
+    'sd3-sid-dit':                   (SD3,   'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
     'sana-sid-dit':                  (SANA,  'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
-    'sd15-lsg-1.5-24gb':             (SD15,  'lsg',   1.5,   8_806,  None, None, dict(mixed_precision='fp16', sequential_gradient=True, gradient_checkpointing=True, micro_batch=1, offload=('vae',))),   # ours, for one card
+    # ours, for one card
+    'sd15-lsg-1.5-24gb':             (SD15,  'lsg',   1.5,   8_806,  None, None, ONE_CARD),
 }
+COMMON = dict(total_batch_size=512, micro_batch=4, lr=1e-6, lr_fake=1e-6, ema_halflife=50_000, ema_rampup=.05,
+              log_every=5_120, sample_every=102_400, checkpoint_every=512_000, teacher_kappa=7.5)
 def preset_from_row(name:str)->Config:
     "A row as a config"
     teacher, guidance, kappa, kimg, _, _, more = PUBLISHED[name]
-    return Config(**dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, max_train_images=kimg*1000, total_batch_size=512, micro_batch=4, lr=1e-6, lr_fake=1e-6, ema_halflife=50_000, ema_rampup=.05,
-        log_every=5_120, sample_every=102_400, checkpoint_every=512_000, teacher_kappa=7.5) | more)
+    own = dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, max_train_images=kimg*1000)
+    return Config(**COMMON | own | more)
+
 PRESETS = dict(embedded=Config(), **{name: preset_from_row(name) for name in PUBLISHED})
-DEFAULT_PRESETS = dict(StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='sdxl-sim', PixArtAlphaPipeline='pixart-sim', PixArtSigmaPipeline='pixart-sim',
-    StableDiffusion3Pipeline='sd3-sid-dit', SanaPipeline='sana-sid-dit', EDM='cifar10-sid') # the row to start from, by the teacher's family, if none is named
+DEFAULT_PRESETS = dict( # the row to start from, by the teacher's family, if none is named
+    StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='sdxl-sim', PixArtAlphaPipeline='pixart-sim',
+    PixArtSigmaPipeline='pixart-sim', StableDiffusion3Pipeline='sd3-sid-dit', SanaPipeline='sana-sid-dit',
+    EDM='cifar10-sid')
 
 # %% ../../nbs/6_training/04_config.ipynb #c12fd6eb
 LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
-RUN_FILES = 'config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png', 'samples', 'checkpoints', 'generator', 'tensorboard'
+RUN_FILES = ('config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png',
+             'samples', 'checkpoints', 'generator', 'tensorboard')
 def require_run_folder(folder:Path)->Path:
     "A folder where a run began and reached no checkpoint; raises `InputError` for one that holds anything else"
-    others = [p.name for p in folder.iterdir() if p.name not in RUN_FILES and p.name[0] != '.'] if folder.is_dir() else [folder.name]
+    others = [folder.name]
+    if folder.is_dir(): others = [p.name for p in folder.iterdir() if p.name not in RUN_FILES and p.name[0] != '.']
     if others and not (folder/'config.json').is_file():
         raise InputError(f'--out {folder} exists and is no run folder (it holds {others[0]!r}); choose another folder')
     return folder
+
 def check_out(config:Config):
     "Raise `InputError` if the folder of a new run exists and cannot be taken"
     folder = Path(config.out).expanduser()
     if not config.out or not folder.exists(): return
-    if config.resume == LATEST: require_run_folder(folder); return
-    raise InputError(f'--out {config.out} exists; choose another folder, leave --out away for the next free runs/{config.preset}-N, or go on with it: --resume latest')
+    if config.resume == LATEST:
+        require_run_folder(folder)
+        return
+    raise InputError(f'--out {config.out} exists; choose another folder, leave --out away for the next free '
+                     f'runs/{config.preset}-N, or go on with it: --resume latest')
+
 def new_folder(config:Config)->Path:
     "Make the run's folder; two processes never get the same; raises `InputError` if a given one exists"
     if config.out:
@@ -276,14 +416,17 @@ def new_folder(config:Config)->Path:
         return folder
     for n in itertools.count(1):
         folder = Path('runs')/f'{config.preset}-{n}'
-        try: folder.mkdir(parents=True); return folder
-        except FileExistsError: pass
+        try: folder.mkdir(parents=True)
+        except FileExistsError: continue
+        return folder
+
 def run_folder(config:Config)->Path:
     "Create the run's folder, with its config; raises `InputError` if a given one exists"
     folder = new_folder(config)
-    for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()                           # of an attempt that reached no checkpoint
+    for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()     # of an attempt that reached no checkpoint
     (folder/'samples').mkdir(exist_ok=True)
-    atomic_write(folder/'config.json', json.dumps(asdict(with_gan_times(replace(config, resume=''))), indent=1) + '\n')
+    settings = asdict(with_gan_times(replace(config, resume='')))
+    atomic_write(folder/'config.json', json.dumps(settings, indent=1) + '\n')
     return folder
 
 # %% ../../nbs/6_training/04_config.ipynb #ccd88018
@@ -299,32 +442,41 @@ FIXED_SETTINGS = ('prediction_type', 'seed', 't_init', 'student_steps')
 def has_type(value, hint)->bool:
     "Does a value from a file have the type of a setting?"
     if get_origin(hint) is Literal: return value in get_args(hint)
-    if get_origin(hint) is tuple: return isinstance(value, (list, tuple)) and all(has_type(v, get_args(hint)[0]) for v in value)
+    if get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple)) and all(has_type(v, get_args(hint)[0]) for v in value)
     if get_args(hint): return any(has_type(value, h) for h in get_args(hint))
     if hint in (int, float): return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
+
 def config_from_dict(values:dict, source, base:Config=Config())->Config:
-    "Settings as they were saved; raises `InputError` for one that this version does not know, or a value of another type"
-    known = get_type_hints(Config); strange = [k for k in values if k not in known]
-    if strange: raise InputError(f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know ({", ".join(strange[:3])}); start a new run, or go on with the version that made it')
-    hints = {k: h for k, h in known.items() if k in values}
-    wrong = [k for k, h in hints.items() if not has_type(values[k], h)]
-    if wrong or not hints: raise InputError(f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it')
-    return replace(base, **{k: tuple(values[k]) if isinstance(values[k], list) else values[k] for k in hints})
+    "Settings of a file over those of a base; raises `InputError` for unknown ones, and values of another type"
+    hints = get_type_hints(Config)
+    strange = [k for k in values if k not in hints]
+    if strange:
+        raise InputError(f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know '
+                         f'({", ".join(strange[:3])}); start a new run, or go on with the version that made it')
+    wrong = [k for k, v in values.items() if not has_type(v, hints[k])]
+    if wrong or not values:
+        raise InputError(f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it')
+    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
 OF_ONE_RUN = 'out', 'resume', 'dry_run' # settings that say what to do now, not what a run is
 def settings_in_file(file)->dict:
-    "The settings in a file, config.json of a run or a list of lines `name: value` (YAML), without those of `OF_ONE_RUN`; raises `InputError` for a file that is neither"
+    "Settings of config.json or of lines `name: value` (YAML), without those of `OF_ONE_RUN`; raises `InputError`"
     file = Path(file).expanduser()
     if file.suffix == '.json': values = read_json(file)
     else:
         try: values = yaml.safe_load(file.read_text(encoding='utf-8'))
         except (OSError, ValueError, yaml.YAMLError) as e:
-            raise InputError(f'--config {file} cannot be read ({type(e).__name__}); give a .yaml or .json file of settings') from e
-    if not isinstance(values, dict): raise InputError(f'--config {file} is no list of settings; write one `name: value` per line')
+            why = type(e).__name__
+            raise InputError(f'--config {file} cannot be read ({why}); give a .yaml or .json file of settings') from e
+    if not isinstance(values, dict):
+        raise InputError(f'--config {file} is no list of settings; write one `name: value` per line')
     config_from_dict(values, file)
     return {k: v for k, v in values.items() if k not in OF_ONE_RUN}
+
 def saved_config(folder, say=print)->Config:
-    "The config of a run folder, or, if that cannot be used, its newest checkpoint's; raises `InputError` if there is neither"
+    "The config of a run folder, or its newest checkpoint's if that cannot be used; raises `InputError` without either"
     file = Path(folder)/'config.json'
     try: return config_from_dict(read_json(file), file)
     except InputError as e: problem = e
@@ -333,35 +485,44 @@ def saved_config(folder, say=print)->Config:
         except (InputError, CheckpointError): continue
         say(f'{file} cannot be used; the settings are those in checkpoint {path.name}')
         return config
-    if not file.is_file(): raise InputError(f'{str(folder)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
-    raise problem
+    if file.is_file(): raise problem
+    raise InputError(f'{str(folder)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
+
 def has_started(folder:Path)->bool:
     "Is there something to go on with, or the end of a run?"
     return bool(checkpoints(folder/'checkpoints')) or (folder/'closing.json').is_file()
+
 def resume_folder(config:Config)->Path|None: # None: start a new run
     "The run that `config.resume` means"
     if config.resume != LATEST: return Path(config.resume).expanduser() if config.resume else None
     if config.out: return out if has_started(out := Path(config.out).expanduser()) else None
-    names = re.compile(re.escape(config.preset) + r'-\d+')                 # not those of a preset whose name begins alike
-    runs = [(kept[0].stat().st_mtime, p) for p in Path('runs').glob('*') if names.fullmatch(p.name) and (kept := checkpoints(p/'checkpoints'))]
-    return next((p for _, p in sorted(runs, reverse=True) if saved_config(p, lambda line: None).preset == config.preset), None)
+    names = re.compile(re.escape(config.preset) + r'-\d+')             # not those of a preset whose name begins alike
+    found = {p: checkpoints(p/'checkpoints') for p in Path('runs').glob('*') if names.fullmatch(p.name)}
+    newest = sorted((kept[0].stat().st_mtime, p) for p, kept in found.items() if kept)
+    silent = lambda line: None
+    return next((p for _, p in reversed(newest) if saved_config(p, silent).preset == config.preset), None)
+
 def changed_settings(old:Config, new:Config)->list[str]:
-    "Names of settings that differ; raises `InputError` for those that must not; prompts and teacher may have moved, their content is compared"
-    keys = [f.name for f in fields(Config) if f.name not in ('resume', 'out', 'dry_run') and getattr(old, f.name) != getattr(new, f.name)]
+    "Names of settings that differ, also of prompts and teacher that moved; raises `InputError` for `FIXED_SETTINGS`"
+    names = [f.name for f in fields(Config) if f.name not in OF_ONE_RUN]
+    keys = [k for k in names if getattr(old, k) != getattr(new, k)]
     wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED_SETTINGS]
     if wrong: raise InputError(f'cannot resume with another {", ".join(wrong)}; start a new run, or leave it as it was')
     return keys
 
 # %% ../../nbs/6_training/04_config.ipynb #7656064c
-def teacher_shapes(teacher:str)->tuple|None: # the UNet's config, weights of text encoder and VAE in millions; None: unknown before it is fetched
+def teacher_shapes(teacher:str)->tuple|None: # the UNet's config, weights of text encoder and VAE in millions; None: unknown
     "What a teacher's folder says about its size"
     from sid_lsg_nb.core import EMBEDDED
     from sid_lsg_nb.teachers.denoiser import pipeline_class
     from sid_lsg_nb.training.memory import SHAPES
     if known := {SD15: 'sd15', SD21: 'sd21-base'}.get(teacher): return SHAPES[known]
     folder = EMBEDDED/'teacher' if teacher == 'embedded' else Path(teacher).expanduser()
-    if not (folder/'unet/config.json').is_file() or pipeline_class(str(folder), teacher) != 'StableDiffusionPipeline': return None   # what a budget is known for
-    return json.loads((folder/'unet/config.json').read_text()), *(count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae'))
+    if not (folder/'unet/config.json').is_file(): return None
+    if pipeline_class(str(folder), teacher) != 'StableDiffusionPipeline': return None   # what a budget is known for
+    unet = json.loads((folder/'unet/config.json').read_text())
+    return unet, *(count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae'))
+
 def count_weights(folder:Path)->int:
     "How many numbers the safetensors files of a folder hold, read from their headers"
     from safetensors import safe_open
@@ -369,30 +530,65 @@ def count_weights(folder:Path)->int:
     for file in folder.glob('*.safetensors'):
         with safe_open(file, 'pt') as f: count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
     return count
+
+TIMED = ('micro_batch', 'mixed_precision', 'weight_dtype', 'tf32', 'sequential_gradient', 'gradient_checkpointing',
+         'lora', 'use_8bit_adam', 'compile', 'channels_last') # settings that decide how long an iteration takes
 def estimate_time(
-    config:Config, # settled: see `resolve`
+    config:Config, # see `resolve`
     card:str, # as PyTorch names it
     rows:list[dict], # measurements: card, date, img_per_s, and the settings of a `Bench`
 )->str: # '' where nothing was measured
     "How long the training itself takes on a card, from what was measured on such a card with these settings"
-    same = ('micro_batch', 'mixed_precision', 'weight_dtype', 'tf32', 'sequential_gradient', 'gradient_checkpointing', 'lora', 'use_8bit_adam', 'compile', 'channels_last') + ('lora_rank',)*(config.lora != 'none')
-    wanted = {k: getattr(config, k) for k in same} | dict(teacher={SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher), guided=guidance_scales(config) != Kappa(), ema='ema' in config.offload)
+    same = TIMED + ('lora_rank',)*(config.lora != 'none')
+    teacher = {SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher)
+    guided, ema = guidance_scales(config) != Kappa(), 'ema' in config.offload
+    wanted = {k: getattr(config, k) for k in same} | dict(teacher=teacher, guided=guided, ema=ema)
     for r in rows:
-        if r['card'] != card or wanted != {k: r['settings'][k] for k in ('teacher', *same)} | dict(guided=r['settings']['kappa'] != 1, ema='ema' in r['settings']['offload']): continue
-        return f'time: about {config.max_train_images/r["img_per_s"]/3600:.3g} hours of training on one {card} ({r["img_per_s"]:g} images/s, measured {r["date"]}); sheets, checkpoints and scores come on top'
+        done = r['settings']
+        known = {k: done[k] for k in ('teacher', *same)} | dict(guided=done['kappa'] != 1, ema='ema' in done['offload'])
+        if r['card'] != card or known != wanted: continue
+        hours, speed = config.max_train_images/r['img_per_s']/3600, f'{r["img_per_s"]:g} images/s, measured {r["date"]}'
+        return (f'time: about {hours:.3g} hours of training on one {card} ({speed}); '
+                'sheets, checkpoints and scores come on top')
     return ''
+
+def print_memory(config:Config):
+    "The memory of one process, counted from the shapes of a known teacher"
+    from sid_lsg_nb.training.memory import budget, meta_unet, print_budget
+    c, shapes = config, teacher_shapes(config.teacher)
+    if shapes is None:
+        print(f'memory: unknown for this kind of teacher, or before {c.teacher!r} is fetched')
+        return
+    parts = budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=c.micro_batch, precision=c.precision,
+                   guided=guidance_scales(c) != Kappa(), sequential_gradient=c.sequential_gradient or c.lora != 'none',
+                   gradient_checkpointing=c.gradient_checkpointing, lora=c.lora, lora_rank=c.lora_rank,
+                   offload=c.offload, use_8bit_adam=c.use_8bit_adam)
+    before = ' (before sharding)' if c.fsdp else ''
+    print_budget(f'memory per process, counted from shapes; workspaces come on top{before}:', parts)
+
+def files_of(config:Config)->str:
+    "What the run would leave, in a sentence"
+    c, images = config, config.max_train_images
+    lines = images//c.log_every if c.log_every else 'few'
+    grids = images//c.sample_every + 1 if c.sample_every else 0
+    scores = ', scores.json' if c.teacher == 'embedded' and c.n_eval else ''
+    return (f'config.json, prompts.json, log.jsonl ({lines} lines), curves.png, samples/ ({grids:,} sheets), '
+            f'checkpoints/ (the last {c.checkpoints_total_limit}), '
+            f'generator/ (a diffusers pipeline with its model card){scores}')
+
 def dry_run(config:Config, world:int=1):
     "Print what a run with these settings would do; raises `InputError` as the run would"
     import torch
     from sid_lsg_nb.core import EMBEDDED
-    from sid_lsg_nb.training.memory import budget, meta_unet, print_budget
-    config = resolve(config, world); micro, cuts, k, shapes = config.micro_batch, config.gradient_accumulation_steps, guidance_scales(config), teacher_shapes(config.teacher)
-    print('\n'.join(f'{k}: {json.dumps(v)}' for k, v in asdict(config).items()))
-    print(f'\none iteration: {config.total_batch_size} images = {micro} at once x {cuts} rounds x {world} process(es), for the fake and again for the generator; {math.ceil(config.max_train_images/config.total_batch_size):,} iterations')
-    if shapes is None: print(f'memory: unknown for this kind of teacher, or before {config.teacher!r} is fetched')
-    else: print_budget('memory per process, counted from shapes; workspaces come on top' + (' (before sharding)' if config.fsdp else '') + ':', budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=micro, precision=config.precision, guided=k != Kappa(),
-        sequential_gradient=config.sequential_gradient or config.lora != 'none', gradient_checkpointing=config.gradient_checkpointing, lora=config.lora, lora_rank=config.lora_rank, offload=config.offload, use_8bit_adam=config.use_8bit_adam))
-    if world == 1 and config.device != 'cpu' and torch.cuda.is_available() and (told := estimate_time(config, torch.cuda.get_device_name(), json.loads((EMBEDDED/'speeds.json').read_text()))): print(told)
-    where = config.resume or config.out or f'runs/{config.preset}-N'
-    print(f'\nwould write {where}/: config.json, prompts.json, log.jsonl ({config.max_train_images//config.log_every if config.log_every else "few"} lines), curves.png, samples/ ({config.max_train_images//config.sample_every + 1 if config.sample_every else 0:,} sheets), checkpoints/ (the last {config.checkpoints_total_limit}), generator/ (a diffusers pipeline with its model card)'
-          + (', scores.json' if config.teacher == 'embedded' and config.n_eval else ''))
+    c = resolve(config, world)
+    print('\n'.join(f'{k}: {json.dumps(v)}' for k, v in asdict(c).items()))
+    size = f'{c.micro_batch} at once x {c.gradient_accumulation_steps} rounds x {world} process(es)'
+    iterations = math.ceil(c.max_train_images/c.total_batch_size)
+    print(f'\none iteration: {c.total_batch_size} images = {size}, '
+          f'for the fake and again for the generator; {iterations:,} iterations')
+    print_memory(c)
+    if world == 1 and c.device != 'cpu' and torch.cuda.is_available():
+        rows = json.loads((EMBEDDED/'speeds.json').read_text())
+        if told := estimate_time(c, torch.cuda.get_device_name(), rows): print(told)
+    where = c.resume or c.out or f'runs/{c.preset}-N'
+    print(f'\nwould write {where}/: {files_of(c)}')
