@@ -309,10 +309,10 @@ def lr_of(config:Config, role:str)->float:
     return config.lr if role == 'generator' else config.lr_fake
 def run_title(config:Config)->str:
     "kappa1..kappa4 and the loss, for titles"
-    from sid_lsg_nb.method.losses import LOSSES
     k, c = guidance_scales(config), config
-    loss = LOSSES[c.method](c) if c.method in LOSSES else c.method
-    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}' + f', {c.student_steps} steps'*(c.student_steps > 1)
+    loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method) # without PyTorch, for `status`
+    steps = f', {c.student_steps} steps' if c.student_steps > 1 else ''
+    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}{steps}'
 
 # %% ../../nbs/6_training/04_config.ipynb #b09e6191
 SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
