@@ -10,20 +10,21 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, TypeVar
-if TYPE_CHECKING:                                                      # named in signatures only
+if TYPE_CHECKING:                                               # named in signatures only
     import numpy as np
     import torch
     from PIL import Image
     from torch import Tensor
-else:                                                                  # so that the documentation can read them
+else:                                                           # so that the documentation can read them
     Tensor = TypeVar('Tensor')
-    torch, np, Image = SimpleNamespace(device='device', Generator='Generator'), SimpleNamespace(ndarray='ndarray'), SimpleNamespace(Image='Image')
+    torch = SimpleNamespace(device='device', Generator='Generator')
+    np, Image = SimpleNamespace(ndarray='ndarray'), SimpleNamespace(Image='Image')
 
 # %% auto #0
-__all__ = ['Cond', 'HOST', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError', 'pick_device',
-           'rng', 'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device', 'cond_to', 'RunError',
-           'remove_path', 'clean_up', 'fsync_paths', 'replace_folder', 'atomic_folder', 'atomic_file', 'atomic_write',
-           'read_jsonl', 'read_json', 'read_json_or', 'to_uint8', 'image_grid']
+__all__ = ['Cond', 'HOST', 'UNREADABLE', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError',
+           'pick_device', 'rng', 'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device',
+           'cond_to', 'RunError', 'remove_path', 'clean_up', 'fsync_paths', 'replace_folder', 'atomic_folder',
+           'atomic_file', 'atomic_write', 'read_jsonl', 'read_json', 'read_json_or', 'to_uint8', 'image_grid']
 
 # %% ../nbs/00_core.ipynb #7b2edee5
 def expand_like(
@@ -60,10 +61,12 @@ def pick_device(
 )->torch.device:
     "`auto` is CUDA, then Apple's MPS, then the CPU; raises `InputError` for a device that is not here"
     import torch
-    if name == 'auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f'device {name!r} cannot be used here ({str(e).split(".")[0].splitlines()[0][:60]}); try --device auto or --device cpu') from e
+        why = str(e).split('.')[0].splitlines()[0][:60]
+        raise InputError(f'device {name!r} cannot be used here ({why}); try --device auto or --device cpu') from e
 
 # %% ../nbs/00_core.ipynb #c2a1bed4
 def rng(
@@ -85,12 +88,14 @@ def noise_for(
 
 # %% ../nbs/00_core.ipynb #0118863a
 Cond = dict[str, 'Tensor']
+
 def cond_map(
     f, # called with one tensor from each conditioning
     *conds:Cond, # conditionings with the same fields
 )->Cond:
     "Apply `f` to the tensors that share a name"
-    assert all(c.keys() == conds[0].keys() for c in conds), f'conditionings with different fields: {[sorted(c) for c in conds]}'
+    same = all(c.keys() == conds[0].keys() for c in conds)
+    assert same, f'conditionings with different fields: {[sorted(c) for c in conds]}'
     return {k: f(*(c[k] for c in conds)) for k in conds[0]}
 
 # %% ../nbs/00_core.ipynb #f172125a
@@ -98,12 +103,15 @@ def cond_cat(*conds:Cond)->Cond:
     "Batches joined, one after the other"
     import torch
     return cond_map(lambda *v: torch.cat(v), *conds)
+
 def cond_slice(cond:Cond, index)->Cond:
     "The samples that `index` picks: a slice, a list, a boolean or integer tensor"
     return cond_map(lambda v: v[index], cond)
+
 def cond_expand(cond:Cond, n:int)->Cond:
     "One sample seen `n` times, without a copy"
     return cond_map(lambda v: v.expand(n, *v.shape[1:]), cond)
+
 def to_device(
     x:Tensor,
     device, # a `torch.device` or its name
@@ -112,6 +120,7 @@ def to_device(
     import torch
     if torch.device(device).type != 'cuda' or x.device.type != 'cpu': return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
 def cond_to(cond:Cond, *args, **kwargs)->Cond:
     "Every tensor through `Tensor.to`"
     return cond_map(lambda v: v.to(*args, **kwargs), cond)
@@ -125,21 +134,25 @@ class RunError(RuntimeError):
 
 # %% ../nbs/00_core.ipynb #9c2afbd6
 HOST = re.sub(r'\W', '_', platform.node() or 'localhost')
-_mine, _count = set(), itertools.count()                               # temporary folders that this process is writing
+_mine, _count = set(), itertools.count()                        # temporary folders that this process is writing
+
 def _temporary(path:Path, end:str='tmp')->Path:
     "A hidden name beside `path` that says who writes"
     return path.with_name(f'.{path.name}.{HOST}.{os.getpid()}-{next(_count)}.{end}')
+
 def _left_behind(path:Path)->bool:
     "Was it left by a process of this machine that is gone? Another machine's cannot be judged"
     import psutil
     owner = re.fullmatch(r'\..+\.(\w+)\.(\d+)-\d+\.(tmp|old)', path.name)
     if not owner or owner[1] != HOST: return False
     return path not in _mine if int(owner[2]) == os.getpid() else not psutil.pid_exists(int(owner[2]))
+
 def remove_path(path):
     "A file, a link or a folder with all that is in it, if it is there"
     path = Path(path)
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
     else: path.unlink(missing_ok=True)
+
 def clean_up(
     folder, # where files and folders were being written
     name:str='*', # of those, a pattern
@@ -154,25 +167,31 @@ def clean_up(
 # %% ../nbs/00_core.ipynb #b669b125
 def fsync_paths(*paths):
     "Force files and folders (the lists of names, not what is in them) to the disk"
-    if os.name != 'posix': return                                      # a folder cannot be opened elsewhere
+    if os.name != 'posix': return                               # a folder cannot be opened elsewhere
     for p in paths:
         fd = os.open(p, os.O_RDONLY)
         try: os.fsync(fd)
         finally: os.close(fd)
+
 def _exchange(a:Path, b:Path)->bool: # False: this system, or this disk, cannot
     "Two names change places in one step (Linux: renameat2)"
     rename = getattr(ctypes.CDLL(None), 'renameat2', None) if sys.platform == 'linux' else None
     if rename is None: return False
     rename.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
     return rename(-100, os.fsencode(a.absolute()), -100, os.fsencode(b.absolute()), 2) == 0
+
 def replace_folder(
     new:Path, # complete, beside the old one
     folder:Path, # what it becomes; what had that name is deleted afterwards
 ):
     "Put a folder in the place of another: at every moment a whole one is there, or, without `renameat2`, beside it"
     fsync_paths(*new.rglob('*'), new)
-    if not os.path.lexists(folder): os.rename(new, folder); fsync_paths(folder.parent)
-    elif _exchange(new, folder): fsync_paths(folder.parent); remove_path(new)
+    if not os.path.lexists(folder):
+        os.rename(new, folder)
+        fsync_paths(folder.parent)
+    elif _exchange(new, folder):
+        fsync_paths(folder.parent)
+        remove_path(new)
     else:
         _mine.add(aside := _temporary(folder, 'old'))
         os.rename(folder, aside)
@@ -183,36 +202,45 @@ def replace_folder(
 
 # %% ../nbs/00_core.ipynb #82d444bb
 @contextmanager
-def _beside(path:Path):
-    "A new folder with a temporary name, gone afterwards"
+def _temporary_folder(path:Path):
+    "A new folder beside `path` with a temporary name, gone afterwards"
     clean_up(path.parent, glob.escape(path.name))
-    _mine.add(tmp := _temporary(path)); tmp.mkdir(parents=True)
+    _mine.add(tmp := _temporary(path))
+    tmp.mkdir(parents=True)
     try: yield tmp
     finally:
-        shutil.rmtree(tmp, ignore_errors=True); _mine.discard(tmp)
+        shutil.rmtree(tmp, ignore_errors=True)
+        _mine.discard(tmp)
+
 def _open_to_all(tmp:Path):
     "Files as the umask says, whatever wrote them: safetensors and tempfile keep theirs to the owner"
     for file in tmp.rglob('*'):
         if file.is_file() and not file.is_symlink(): file.chmod(tmp.stat().st_mode & 0o666)
+
 @contextmanager
 def atomic_folder(
     folder, # where it shall be; replaced if it exists
 ):
     "Yields an empty folder beside it, which takes its place if all goes well, and goes away if not"
     folder = Path(folder)
-    with _beside(folder) as tmp:
+    with _temporary_folder(folder) as tmp:
         yield tmp
-        _open_to_all(tmp); replace_folder(tmp, folder)
+        _open_to_all(tmp)
+        replace_folder(tmp, folder)
+
 @contextmanager
 def atomic_file(
     path, # where the file shall be, replaced if it exists; its folder is made
 ):
     "Yields a path with the same name in a hidden folder; what is written there takes its place if all goes well"
     path = Path(path)
-    with _beside(path) as tmp:
+    with _temporary_folder(path) as tmp:
         yield tmp/path.name
-        _open_to_all(tmp); fsync_paths(tmp/path.name)
-        os.replace(tmp/path.name, path); fsync_paths(path.parent)
+        _open_to_all(tmp)
+        fsync_paths(tmp/path.name)
+        os.replace(tmp/path.name, path)
+        fsync_paths(path.parent)
+
 def atomic_write(
     path, # where the file shall be; its folder is made
     data:str|bytes, # text is written as UTF-8
@@ -221,6 +249,8 @@ def atomic_write(
     with atomic_file(path) as new: new.write_bytes(data.encode() if isinstance(data, str) else data)
 
 # %% ../nbs/00_core.ipynb #dc83cd32
+UNREADABLE = '{file!r} cannot be used ({why}); restore it, or remove it'
+
 def read_jsonl(
     file, # JSON lines, each an object; may be absent
 )->tuple[list[dict], list[int]]: # the rows, and the numbers of the lines that are none (the first is 1)
@@ -233,6 +263,7 @@ def read_jsonl(
         if isinstance(row, dict): rows.append(row)
         elif line.strip(): bad.append(n)
     return rows, bad
+
 def read_json(
     file, # exists
     kind:type=dict, # what it must hold
@@ -240,9 +271,10 @@ def read_json(
     "A JSON file; raises `InputError` that names it when it is torn or holds something else"
     try: data = json.loads(Path(file).read_bytes())
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f'{str(file)!r} cannot be used ({type(e).__name__}: {str(e)[:80]}); restore it, or remove it') from e
-    if not isinstance(data, kind): raise InputError(f'{str(file)!r} cannot be used (no JSON {kind.__name__}); restore it, or remove it')
-    return data
+        raise InputError(UNREADABLE.format(file=str(file), why=f'{type(e).__name__}: {str(e)[:80]}')) from e
+    if isinstance(data, kind): return data
+    raise InputError(UNREADABLE.format(file=str(file), why=f'no JSON {kind.__name__}'))
+
 def read_json_or(
     default, # what to take instead; its type is what the file must hold
     file, # may be absent
@@ -250,7 +282,9 @@ def read_json_or(
 ):
     "A JSON file that one can do without"
     try: return read_json(file, type(default)) if Path(file).is_file() else default
-    except InputError as e: say(f'left out: {e}'); return default
+    except InputError as e:
+        say(f'left out: {e}')
+        return default
 
 # %% ../nbs/00_core.ipynb #nameoff2
 DISAGREEMENT = 'teacher-fake disagreement'
@@ -276,7 +310,9 @@ def image_grid(
     import numpy as np
     from PIL import Image
     x = to_uint8(images).repeat(scale, 1).repeat(scale, 2)
-    n, h, w, _ = x.shape; ncols = min(ncols, n); nrows = -(-n//ncols)
+    n, h, w, _ = x.shape
+    ncols = min(ncols, n)
+    nrows = -(-n//ncols)
     canvas = np.full((nrows*(h + pad) + pad, ncols*(w + pad) + pad, 3), 255, np.uint8)
     for i, im in enumerate(x):
         r, c = pad + (i//ncols)*(h + pad), pad + (i%ncols)*(w + pad)
