@@ -12,14 +12,16 @@ import inspect, json, tempfile
 from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from diffusers import FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers import SanaPipeline, SanaTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, Gemma2Config, Gemma2Model
-from transformers import GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
 # %% ../nbs/01_testing.ipynb #3c6e7505
 TINY_WORDS = 'a an the red green blue cat dog apple shoe on with background photo of'.split()
+
 def tiny_vocab(
     words:list[str]=TINY_WORDS, # words that become one token each
 )->tuple[dict[str, int], list[tuple[str, str]]]: # token -> number, and the merges in order
@@ -29,8 +31,11 @@ def tiny_vocab(
     merges = {}
     for w in words:
         head, *rest = *w[:-1], w[-1] + '</w>'
-        for r in rest: merges[head, r] = None; head += r
-    tokens = letters + [l + '</w>' for l in letters] + [a + b for a, b in merges] + ['<|startoftext|>', '<|endoftext|>']
+        for r in rest:
+            merges[head, r] = None
+            head += r
+    tokens = letters + [l + '</w>' for l in letters] + [a + b for a, b in merges]
+    tokens += ['<|startoftext|>', '<|endoftext|>']
     return {t: i for i, t in enumerate(dict.fromkeys(tokens))}, list(merges)
 
 # %% ../nbs/01_testing.ipynb #f1f53b88
@@ -38,7 +43,7 @@ def tiny_tokenizer(
     folder, # an existing folder; vocab.json and merges.txt are written there
     length:int=16, # tokens per prompt, start and end included
 )->CLIPTokenizer:
-    "A CLIP tokenizer over `TINY_WORDS`; other words fall apart into letters. The random twin for tests"
+    "A CLIP tokenizer over `TINY_WORDS`; other words fall apart into letters."
     vocab, merges = tiny_vocab()
     files = Path(folder)/'vocab.json', Path(folder)/'merges.txt'
     files[0].write_text(json.dumps(vocab), encoding='utf-8')
@@ -50,11 +55,12 @@ def tiny_text_encoder(
     tokenizer:CLIPTokenizer, # says how many tokens there are
     width:int=16, # of the embeddings
 )->CLIPTextModel:
-    "A two-layer CLIP text model with random weights, drawn from torch's global stream. The random twin for tests"
+    "A two-layer CLIP text model with random weights, drawn from torch's global stream."
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length, bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)).eval()
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=bos, eos_token_id=eos, pad_token_id=eos)).eval()
 
 # %% ../nbs/01_testing.ipynb #7604a2c5
 def tiny_unet(
@@ -62,11 +68,13 @@ def tiny_unet(
 )->UNet2DConditionModel:
     "A two-level UNet with cross-attention, about 50,000 random weights"
     unet = UNet2DConditionModel(
-        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=width, attention_head_dim=4,
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        cross_attention_dim=width, attention_head_dim=4,
         down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'), up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'))
     for name, p in unet.named_parameters():
         if 'attn2.to_out' in name: p.data.mul_(10)              # the text must matter
     return unet
+
 def tiny_vae()->AutoencoderKL:
     "A VAE with 4 latent channels that halves the side once: 16×16 pictures, 8×8 latents"
     return AutoencoderKL(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=4, sample_size=16,
@@ -78,7 +86,7 @@ def tiny_pipeline(
     prediction_type:str='epsilon', # or v_prediction
     seed:int=0, # of the weights
 )->str: # the folder, ready for `load_sd`
-    "Save a complete Stable-Diffusion-type pipeline with small random networks. The random twin for tests"
+    "Save a complete Stable-Diffusion-type pipeline with small random networks."
     (words := Path(folder)/'tokenizer').mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(words)
     with torch.random.fork_rng(devices=[]):                     # torch's global stream stays where it was
@@ -92,19 +100,25 @@ def tiny_pipeline(
 
 # %% ../nbs/01_testing.ipynb #2cbf8dd9
 def tiny_sdxl_unet(**config)->UNet2DConditionModel: # arguments replace entries of its config
-    "A two-level U-Net in SDXL's form: deeper attention below, none above, pooled text and six integers beside the time"
-    size = dict(sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=16 + 24, attention_head_dim=(2, 4),
-                transformer_layers_per_block=(1, 2), use_linear_projection=True, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
-                up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), addition_embed_type='text_time', addition_time_embed_dim=8, projection_class_embeddings_input_dim=6*8 + 12)
+    "A two-level U-Net in SDXL's form: deeper attention below, none above; pooled text and six integers with the time"
+    size = dict(
+        sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+        cross_attention_dim=16 + 24, attention_head_dim=(2, 4), transformer_layers_per_block=(1, 2),
+        use_linear_projection=True, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+        up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), addition_embed_type='text_time',
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=6*8 + 12)
     unet = UNet2DConditionModel(**(size | config))
     for name, p in unet.named_parameters():
         if 'attn2.to_out' in name: p.data.mul_(10)              # the text must matter
     return unet
+
 def tiny_pooled_text_encoder(tokenizer, width:int=24)->CLIPTextModelWithProjection:
     "A three-layer CLIP text model that also sums up the sentence in 12 numbers, with random weights"
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=3, num_attention_heads=2,
-                                                      max_position_embeddings=tokenizer.model_max_length, hidden_act='gelu', projection_dim=12, **ends)).eval()
+    ends = {k: getattr(tokenizer, k) for k in ('bos_token_id', 'eos_token_id', 'pad_token_id')}
+    return CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length, hidden_act='gelu',
+        projection_dim=12, **ends)).eval()
 
 # %% ../nbs/01_testing.ipynb #270d561b
 def tiny_sdxl(
@@ -114,53 +128,68 @@ def tiny_sdxl(
     zeros:bool=True, # is an empty prompt all zeros? (force_zeros_for_empty_prompt)
     **config, # of the U-Net, where it shall differ
 )->str: # the folder, ready for `load_sdxl`
-    "Save a complete SDXL pipeline with small random networks. The random twin for tests"
-    with tempfile.TemporaryDirectory() as words: first, second = tiny_tokenizer(words), tiny_tokenizer(words)
+    "Save a complete SDXL pipeline with small random networks."
+    with tempfile.TemporaryDirectory() as words:
+        first, second = tiny_tokenizer(words), tiny_tokenizer(words)
     second.pad_token = '!'
     with torch.random.fork_rng(devices=[]):                     # torch's global stream stays where it was
         torch.manual_seed(seed)
-        vae, text, pooled, unet = tiny_vae(), tiny_text_encoder(first), tiny_pooled_text_encoder(second), tiny_sdxl_unet(**config)
-    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', timestep_spacing='leading', steps_offset=1, prediction_type=prediction_type)
-    StableDiffusionXLPipeline(vae, text, pooled, first, second, unet, scheduler, force_zeros_for_empty_prompt=zeros, add_watermarker=False).save_pretrained(folder)
+        vae, text = tiny_vae(), tiny_text_encoder(first)
+        pooled, unet = tiny_pooled_text_encoder(second), tiny_sdxl_unet(**config)
+    scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear',
+                                       timestep_spacing='leading', steps_offset=1, prediction_type=prediction_type)
+    pipe = StableDiffusionXLPipeline(vae, text, pooled, first, second, unet, scheduler,
+                                     force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+    pipe.save_pretrained(folder)
     return str(folder)
 
 # %% ../nbs/01_testing.ipynb #afd3c547
 def tiny_t5()->tuple[T5Tokenizer, T5EncoderModel]:
     "A tokenizer over `TINY_WORDS` and letters, and a two-layer T5 encoder, 16 wide, with random weights"
     letters = [(chr(c), -6.) for c in range(33, 127)]
-    pieces = [('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.), ('▁', -3.), *(('▁' + w, -2.) for w in TINY_WORDS), *letters]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
-    return tokenizer, T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
-                                              feed_forward_proj='gated-gelu', is_encoder_decoder=False, use_cache=False)).eval()
+    pieces = [('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.), ('▁', -3.), *(('▁' + w, -2.) for w in TINY_WORDS)]
+    tokenizer = T5Tokenizer(vocab=pieces + letters, extra_ids=0)
+    return tokenizer, T5EncoderModel(T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+        feed_forward_proj='gated-gelu', is_encoder_decoder=False, use_cache=False)).eval()
+
 def tiny_pixart(
     folder, # where to write it; made if missing
     seed:int=0, # of the weights
     kind:str='PixArtAlphaPipeline', # or PixArtSigmaPipeline
     **config, # of the transformer, where it shall differ
 )->str: # the folder, ready for `load_pixart`
-    "Save a complete PixArt pipeline with small random networks. The random twin for tests"
+    "Save a complete PixArt pipeline with small random networks."
     with torch.random.fork_rng(devices=[]):                     # torch's global stream stays where it was
         torch.manual_seed(seed)
         (tokenizer, text), vae = tiny_t5(), tiny_vae()
-        size = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, cross_attention_dim=24, sample_size=8, caption_channels=16)
+        size = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, cross_attention_dim=24,
+                    sample_size=8, caption_channels=16)
         net = PixArtTransformer2DModel(**(size | config))
     for name, p in net.named_parameters():
         if 'attn2.to_out' in name: p.data.mul_(10)              # the text must matter
     scheduler = DPMSolverMultistepScheduler(beta_start=1e-4, beta_end=.02, beta_schedule='linear')
-    dict(PixArtAlphaPipeline=PixArtAlphaPipeline, PixArtSigmaPipeline=PixArtSigmaPipeline)[kind](tokenizer, text, vae, net, scheduler).save_pretrained(folder)
+    make = dict(PixArtAlphaPipeline=PixArtAlphaPipeline, PixArtSigmaPipeline=PixArtSigmaPipeline)[kind]
+    make(tokenizer, text, vae, net, scheduler).save_pretrained(folder)
     return str(folder)
 
 # %% ../nbs/01_testing.ipynb #72fefa50
 def tiny_clip(tokenizer, width:int)->CLIPTextModelWithProjection:
     "A two-layer CLIP text model with a projection, random weights"
     end = tokenizer.eos_token_id
-    return CLIPTextModelWithProjection(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=width, max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end)).eval()
+    return CLIPTextModelWithProjection(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=width, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end)).eval()
+
 def tiny_sd3_t5(width:int=32)->tuple[T5Tokenizer, T5EncoderModel]:
     "A T5 tokenizer over `TINY_WORDS` and printable letters, and a two-layer encoder with random weights"
-    words = [('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.), ('▁', -2.), *((f'▁{w}', -1.) for w in TINY_WORDS), *((chr(c), -3.) for c in range(33, 127))]
+    words = [('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.), ('▁', -2.), *((f'▁{w}', -1.) for w in TINY_WORDS)]
+    words += [(chr(c), -3.) for c in range(33, 127)]
     tokenizer = T5Tokenizer(vocab=words, extra_ids=0)
-    return tokenizer, T5EncoderModel(T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=width, num_layers=2, num_heads=2, feed_forward_proj='gated-gelu')).eval()
+    return tokenizer, T5EncoderModel(T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=width, num_layers=2, num_heads=2,
+        feed_forward_proj='gated-gelu')).eval()
 
 # %% ../nbs/01_testing.ipynb #e62ba432
 def tiny_sd3(
@@ -168,17 +197,20 @@ def tiny_sd3(
     seed:int=0, # of the weights
     t5:bool=True, # False: without the third text encoder, which is optional in SD3
 )->str: # the folder, ready for `load_sd3`
-    "Save a complete Stable Diffusion 3 pipeline with small random networks. The random twin for tests"
+    "Save a complete Stable Diffusion 3 pipeline with small random networks."
     (words := Path(folder)/'tokenizer').mkdir(parents=True, exist_ok=True)
     tokenizer = tiny_tokenizer(words)
     with torch.random.fork_rng(devices=[]):                     # torch's global stream stays where it was
         torch.manual_seed(seed)
-        net = SD3Transformer2DModel(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-            joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=28, pos_embed_max_size=8)
+        net = SD3Transformer2DModel(
+            sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+            num_attention_heads=2, joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=28,
+            pos_embed_max_size=8)
         net.context_embedder.weight.data.mul_(10)               # the text must matter
         words3, text3 = tiny_sd3_t5() if t5 else (None, None)
         vae = AutoencoderKL.from_config(tiny_vae().config, scaling_factor=1.5305, shift_factor=.0609)
-        pipe = StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.), vae, tiny_clip(tokenizer, 16), tokenizer, tiny_clip(tokenizer, 12), tokenizer, text3, words3)
+        pipe = StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.), vae, tiny_clip(tokenizer, 16),
+                                        tokenizer, tiny_clip(tokenizer, 12), tokenizer, text3, words3)
     pipe.save_pretrained(folder)
     return str(folder)
 
@@ -189,15 +221,23 @@ def tiny_gemma(width:int=16)->tuple[GemmaTokenizer, Gemma2Model]:
     words, merges = sorted({*instruction.split(), *TINY_WORDS}), {}
     for w in words:
         head = '▁'
-        for letter in w: merges[head, letter] = None; head += letter
+        for letter in w:
+            merges[head, letter] = None
+            head += letter
     special = ['<pad>', '<eos>', '<bos>', '<unk>', '<mask>', *(f'<0x{b:02X}>' for b in range(256))]
-    vocab = {t: i for i, t in enumerate(dict.fromkeys([*special, *sorted({*''.join(words), '▁', '\n'}), *(a + b for a, b in merges)]))}
+    letters = sorted({*''.join(words), '▁', '\n'})
+    vocab = {t: i for i, t in enumerate(dict.fromkeys([*special, *letters, *(a + b for a, b in merges)]))}
     tokenizer = GemmaTokenizer(vocab=vocab, merges=list(merges), add_bos_token=True)
-    return tokenizer, Gemma2Model(Gemma2Config(vocab_size=len(vocab), hidden_size=width, intermediate_size=2*width, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, query_pre_attn_scalar=8, max_position_embeddings=1024, sliding_window=512)).eval()
+    return tokenizer, Gemma2Model(Gemma2Config(
+        vocab_size=len(vocab), hidden_size=width, intermediate_size=2*width, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, query_pre_attn_scalar=8,
+        max_position_embeddings=1024, sliding_window=512)).eval()
+
 def tiny_dcae()->AutoencoderDC:
     "A DC-AE with 8 latent channels that halves the side once"
-    both = {f'{end}_{k}': v for end in ('encoder', 'decoder') for k, v in dict(block_types=('ResBlock', 'EfficientViTBlock'), block_out_channels=(8, 8), layers_per_block=(1, 1), qkv_multiscales=((), (5,))).items()}
+    blocks = dict(block_types=('ResBlock', 'EfficientViTBlock'), block_out_channels=(8, 8), layers_per_block=(1, 1),
+                  qkv_multiscales=((), (5,)))
+    both = {f'{end}_{k}': v for end in ('encoder', 'decoder') for k, v in blocks.items()}
     return AutoencoderDC(latent_channels=8, attention_head_dim=4, scaling_factor=.41407, **both)
 
 # %% ../nbs/01_testing.ipynb #9022a18a
@@ -205,12 +245,16 @@ def tiny_sana(
     folder, # where to write it; made if missing
     seed:int=0, # of the weights
 )->str: # the folder, ready for `load_sana`
-    "Save a complete SANA pipeline with small random networks. The random twin for tests"
+    "Save a complete SANA pipeline with small random networks."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = SanaTransformer2DModel(in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8,
-            cross_attention_dim=16, caption_channels=16, mlp_ratio=2., sample_size=16)
-        scheduler = DPMSolverMultistepScheduler(prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3., beta_schedule='linear', beta_start=1e-4, beta_end=.02)
+        net = SanaTransformer2DModel(
+            in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=8,
+            num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
+            mlp_ratio=2., sample_size=16)
+        scheduler = DPMSolverMultistepScheduler(
+            prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.,
+            beta_schedule='linear', beta_start=1e-4, beta_end=.02)
         pipe = SanaPipeline(*tiny_gemma(), tiny_dcae(), net, scheduler)
     pipe.save_pretrained(folder)
     return str(folder)
