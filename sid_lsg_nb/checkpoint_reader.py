@@ -368,7 +368,7 @@ def _check_tree(tree):
 def read_checkpoint(
     path, # .pkl, .pt (both formats of torch.save) or .safetensors
 ): # dicts, lists, tuples, sets, numbers, strings, dtypes, tensors on the CPU, `Placeholder`s and `GlobalName`s
-    "The data in a checkpoint, nothing of it run; raises `UnsafePickle` for what is not data, `InputError` for the rest"
+    "The data in a checkpoint, nothing of it run; raises `UnsafePickle` for what is not data, else `InputError`"
     path = Path(path).expanduser()
     if not path.is_file(): raise InputError(f'{str(path)!r} is no file; give the path of a checkpoint')
     try:

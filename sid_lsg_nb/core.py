@@ -82,7 +82,7 @@ def noise_for(
     seeds, # one integer per image
     shape:tuple, # shape of one image, without the batch
 )->Tensor: # [len(seeds), *shape], float32 on the CPU
-    "Start noise that depends on each image's own seed alone: the same on any device, batch size or number of processes"
+    "Start noise that depends on each image's own seed alone, whatever the device, batch size or number of processes"
     import torch
     return torch.stack([torch.randn(shape, generator=rng(int(s))) for s in seeds])
 
