@@ -36,6 +36,7 @@ def load_pixart_low_text(path, device, dtype, prediction_type='')->PixArtTeacher
 def without_prediction_type(load):
     "A loader of a kind whose networks all predict the same; raises `InputError` for a wish"
     def loader(path, device, dtype, prediction_type=''):
+        "The same loader; raises `InputError` for a wish about the prediction"
         if prediction_type:
             raise InputError(
                 f'--prediction-type {prediction_type} says nothing about teacher {str(path)!r}, whose kind '

@@ -118,7 +118,8 @@ class Student:
     def net(self): return self.pipe.unet
 
     @property
-    def latent_shape(self)->tuple[int, int, int]:
+    def latent_shape(self)->tuple[int, int, int]: # (C, H, W)
+        "Shape of one latent"
         c = self.net.config
         return (
             (c.in_channels, c.sample_size, c.sample_size)
