@@ -193,7 +193,6 @@ NOT_NEGATIVE = ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife',
 AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'
 def check(config:Config)->Config:
     "The config itself; raises `InputError` for numbers that cannot work"
-    from sid_lsg_nb.method.methods import make_method
     check_batches(config)
     if not 0 <= config.proportion_empty_prompts < 1:
         raise InputError(f'proportion_empty_prompts {config.proportion_empty_prompts} must lie in [0, 1)')
@@ -207,7 +206,8 @@ def check(config:Config)->Config:
         raise InputError('n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_combinations(config)
     guidance_scales(config)
-    make_method(recipe_of(config, float(config.t_init or 625)))                           # what the times mean is the teacher's matter
+    from sid_lsg_nb.method.methods import make_method                  # PyTorch comes after all that needs none
+    make_method(recipe_of(config, float(config.t_init or 625)))        # what the times mean is the teacher's matter
     return config
 
 def check_batches(config:Config):
