@@ -1,4 +1,6 @@
-"What a GPU would punish, seen without one: the training step asks no tensor for its value and carries nothing between devices."
+"""What a GPU would punish, seen without one: the training step asks no tensor for its value and carries nothing
+between devices."""
+
 from contextlib import nullcontext
 import pytest
 import torch
@@ -19,49 +21,84 @@ from sid_lsg_nb.method.schedule import DiscreteSchedule
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.trainer import iterate, setup
 
-ASKS = {getattr(torch.ops.aten, k).default for k in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select')}
+ASKS = {
+    getattr(torch.ops.aten, k).default for k in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select')
+}
 
 class Watch(TorchDispatchMode):
     "Counts questions that would wait for the device, and copies between devices"
-    def __init__(self): super().__init__(); self.asked, self.carried = [], []
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.carried = [], []
+
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
-        where = {t.device.type for t in tree_leaves((args, kwargs or {}, out)) if torch.is_tensor(t) and t.dim()}
-        if f in ASKS: self.asked.append(str(f))
-        if len(where) > 1: self.carried.append(str(f))
+        where = {
+            t.device.type for t in tree_leaves((args, kwargs or {}, out)) if torch.is_tensor(t) and t.dim()
+        }
+        if f in ASKS:
+            self.asked.append(str(f))
+        if len(where) > 1:
+            self.carried.append(str(f))
         return out
 
-@pytest.mark.parametrize('more', [{}, dict(mixed_precision='bf16', gradient_checkpointing=True), dict(sequential_gradient=True, clip_grad_value=1.), dict(student_steps=4, method='sim')], ids=str)
+@pytest.mark.parametrize(
+    'more',
+    [
+        {},
+        dict(mixed_precision='bf16', gradient_checkpointing=True),
+        dict(sequential_gradient=True, clip_grad_value=1.0),
+        dict(student_steps=4, method='sim'),
+    ],
+    ids=str,
+)
 def test_an_iteration_asks_nothing(more):
-    it = iterate(setup(Config(device='cpu', total_batch_size=2, micro_batch=1, max_train_images=8, **more))); next(it)
-    with Watch() as seen: next(it)
+    it = iterate(setup(Config(device='cpu', total_batch_size=2, micro_batch=1, max_train_images=8, **more)))
+    next(it)
+    with Watch() as seen:
+        next(it)
     assert seen.asked == []
 
 def test_the_watch_sees():
-    with Watch() as seen: torch.ones(2).sum().item(), bool(torch.ones(1) > 0), torch.ones(2, device='cpu').to('meta')
+    with Watch() as seen:
+        torch.ones(2).sum().item(), bool(torch.ones(1) > 0), torch.ones(2, device='cpu').to('meta')
     assert len(seen.asked) == 2 and len(seen.carried) == 1
 
 @pytest.mark.parametrize('gradient', [generator_grad, generator_grad_sequential])
 def test_a_step_carries_nothing(monkeypatch, gradient):
-    "Networks, prompts and noise on `meta`, which stands for the GPU: after the first step nothing comes from the CPU any more"
-    monkeypatch.setattr(sid_lsg_nb.teachers.denoiser.torch, 'autocast', lambda *a, **k: nullcontext())       # knows no meta
-    teacher = Denoiser(tiny_unet().to('meta').requires_grad_(False), DiscreteSchedule.from_scheduler(DDIMScheduler()))
-    fake, generator = (Learner(n := teacher.copy(), make_adam(n.parameters()), clip=1.) for _ in range(2))
-    words, ema = lambda n: dict(encoder_hidden_states=torch.empty(n, 16, 16, device='meta')), EMA(generator.net)
+    """Networks, prompts and noise on `meta`, which stands for the GPU: after the first step nothing comes from the
+    CPU any more"""
+    monkeypatch.setattr(
+        sid_lsg_nb.teachers.denoiser.torch, 'autocast', lambda *a, **k: nullcontext()
+    )  # knows no meta
+    teacher = Denoiser(
+        tiny_unet().to('meta').requires_grad_(False), DiscreteSchedule.from_scheduler(DDIMScheduler())
+    )
+    fake, generator = (Learner(n := teacher.copy(), make_adam(n.parameters()), clip=1.0) for _ in range(2))
+    words, ema = (
+        lambda n: dict(encoder_hidden_states=torch.empty(n, 16, 16, device='meta')),
+        EMA(generator.net),
+    )
     latents = lambda: torch.empty(2, 4, 8, 8, device='meta')
     draw = Draw(latents(), latents(), torch.empty(2, dtype=torch.long, device='meta'))
     nets = Networks(teacher, dict(fake=fake, generator=generator), words(1))
     method = make_method(Recipe(kappa=Kappa.lsg(1.5), fake_loss_weight='1-t', gradient=gradient))
+
     def step():
-        for update in method.updates(0): run_update(method, update, nets, [Batch(words(2))], [draw])
+        for update in method.updates(0):
+            run_update(method, update, nets, [Batch(words(2))], [draw])
         ema.update(generator.net, 0, 2)
+
     step()
-    with Watch() as seen: step()
+    with Watch() as seen:
+        step()
     assert seen.carried == [] and seen.asked == []
 
 def test_to_device_takes_the_pinned_way_to_a_gpu(monkeypatch):
     x, taken = torch.arange(3), []
     assert to_device(x, 'cpu') is x and to_device(x, torch.device('meta')).device.type == 'meta'
-    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self); monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, **k: taken.append((a, k)) or self)
+    monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda self: self)
+    monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, **k: taken.append((a, k)) or self)
     to_device(x, 'cuda')
     assert taken == [(('cuda',), dict(non_blocking=True))]

@@ -1,4 +1,5 @@
 "The command line on two processes (gloo, CPU): copies and slices, saved by two and resumed by one, stopped together."
+
 import json, os, signal, subprocess, sys, time
 import pytest
 import torch
@@ -7,19 +8,47 @@ from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.testing import tiny_pipeline
 from sid_lsg_nb.testing import tiny_sd3
 
-FLAGS = '--preset embedded --total-batch-size 8 --micro-batch 2 --log-every 8 --sample-every 800 --checkpoint-every 16 --checkpoints-total-limit 9 --teacher-steps 2 --device cpu --kappa 1.5'.split()
+FLAGS = (
+    '--preset embedded --total-batch-size 8 --micro-batch 2 --log-every 8 --sample-every 800 --checkpoint-every 16 '
+    '--checkpoints-total-limit 9 --teacher-steps 2 --device cpu --kappa 1.5'
+).split()
 
 @pytest.fixture(scope='module')
 def home(tmp_path_factory):
     "A folder with a tiny teacher and prompts"
-    home = tmp_path_factory.mktemp('two'); tiny_pipeline(home/'teacher')
-    (home/'p.txt').write_text('\n'.join(f'a {c} {t} on a {b} background' for c in ('red', 'green', 'blue') for t in ('cat', 'dog', 'apple', 'shoe') for b in ('red', 'blue')))
+    home = tmp_path_factory.mktemp('two')
+    tiny_pipeline(home / 'teacher')
+    (home / 'p.txt').write_text(
+        '\n'.join(
+            f'a {c} {t} on a {b} background'
+            for c in ('red', 'green', 'blue')
+            for t in ('cat', 'dog', 'apple', 'shoe')
+            for b in ('red', 'blue')
+        )
+    )
     return home
 
 def start(home, n, *flags):
-    env = dict({k: v for k, v in os.environ.items() if k != 'IN_TEST'}, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='agg')
+    env = dict(
+        {k: v for k, v in os.environ.items() if k != 'IN_TEST'},
+        OMP_NUM_THREADS='1',
+        HF_HUB_OFFLINE='1',
+        MPLBACKEND='agg',
+    )
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)] if n > 1 else []
-    cmd = [sys.executable, *launch, '-m', 'sid_lsg_nb.cli', 'distill', '--teacher', 'teacher', '--prompts', 'p.txt', *FLAGS, *flags]
+    cmd = [
+        sys.executable,
+        *launch,
+        '-m',
+        'sid_lsg_nb.cli',
+        'distill',
+        '--teacher',
+        'teacher',
+        '--prompts',
+        'p.txt',
+        *FLAGS,
+        *flags,
+    ]
     return subprocess.Popen(cmd, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def run(home, n, *flags):
@@ -27,77 +56,128 @@ def run(home, n, *flags):
     assert p.returncode == 0, err[-3000:]
     return out
 
-def generator(run): return load_file(run/'generator/unet/diffusion_pytorch_model.safetensors')
-def apart(a, b): return max((a[k] - b[k]).abs().max().item() for k in a)
-def lines(run): return [json.loads(l) for l in (run/'log.jsonl').read_text().splitlines()]
+def generator(run):
+    return load_file(run / 'generator/unet/diffusion_pytorch_model.safetensors')
+
+def apart(a, b):
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+def lines(run):
+    return [json.loads(l) for l in (run / 'log.jsonl').read_text().splitlines()]
 
 @pytest.fixture(scope='module')
-def one(home): run(home, 1, '--out', 'one', '--max-train-images', '32'); return home/'one'
+def one(home):
+    run(home, 1, '--out', 'one', '--max-train-images', '32')
+    return home / 'one'
 
 @pytest.mark.parametrize('how', ['copies', 'slices'])
 def test_two_processes_are_one(home, one, how):
     out = run(home, 2, '--out', how, '--max-train-images', '16', *(['--fsdp'] if how == 'slices' else []))
-    assert out.count('run folder') == 1 and 'x 2 processes' in out                          # one of them speaks
-    a, b = lines(one)[:2], lines(home/how)
+    assert out.count('run folder') == 1 and 'x 2 processes' in out  # one of them speaks
+    a, b = lines(one)[:2], lines(home / how)
     assert [r['nimg'] for r in b] == [8, 16]
-    for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'): assert a[0][k] == pytest.approx(b[0][k], rel=2e-4, abs=1e-6), k    # the line holds the mean over both
-    saved = load_checkpoint(checkpoints(home/how/'checkpoints')[0])
-    whole = load_checkpoint(checkpoints(one/'checkpoints')[1])
-    assert saved['nimg'] == 16 and all(saved['generator'][k].shape == v.shape for k, v in whole['generator'].items())     # whole, whatever the slices
-    assert apart(saved['generator'], whole['generator']) < 5e-4                              # fp32: Adam's first steps turn rounding into lr 1e-4 here and there
-    run(home, 1, '--resume', how, '--max-train-images', '32', *(['--no-fsdp'] if how == 'slices' else []))                            # saved by two, resumed by one
-    assert [r['nimg'] for r in lines(home/how)] == [8, 16, 24, 32] and apart(generator(one), generator(home/how)) < 8e-4
-    start_weights = load_file(home/'teacher/unet/diffusion_pytorch_model.safetensors')
-    assert apart(generator(one), start_weights) > 1e-4 or apart(saved['generator'], {f'net.{k}': v for k, v in start_weights.items()}) > 1e-4
+    for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'):
+        assert a[0][k] == pytest.approx(b[0][k], rel=2e-4, abs=1e-6), k  # the line holds the mean over both
+    saved = load_checkpoint(checkpoints(home / how / 'checkpoints')[0])
+    whole = load_checkpoint(checkpoints(one / 'checkpoints')[1])
+    assert saved['nimg'] == 16 and all(
+        saved['generator'][k].shape == v.shape for k, v in whole['generator'].items()
+    )  # whole, whatever the slices
+    assert (
+        apart(saved['generator'], whole['generator']) < 5e-4
+    )  # fp32: Adam's first steps turn rounding into lr 1e-4 here and there
+    run(
+        home, 1, '--resume', how, '--max-train-images', '32', *(['--no-fsdp'] if how == 'slices' else [])
+    )  # saved by two, resumed by one
+    assert [r['nimg'] for r in lines(home / how)] == [8, 16, 24, 32] and apart(
+        generator(one), generator(home / how)
+    ) < 8e-4
+    start_weights = load_file(home / 'teacher/unet/diffusion_pytorch_model.safetensors')
+    assert (
+        apart(generator(one), start_weights) > 1e-4
+        or apart(saved['generator'], {f'net.{k}': v for k, v in start_weights.items()}) > 1e-4
+    )
 
 @pytest.fixture(scope='module')
-def chain(home): # another kind of teacher, another loss, several steps: one step of the chain per iteration, the same everywhere
-    tiny_sd3(home/'flow'); how = '--teacher flow --student-steps 3 --max-train-images 24 --loss-weight 1-t --timestep-sampling logit-normal --fake-loss-weight velocity --method sim --distance huber:0.1 --n-eval 0'.split()
+def chain(
+    home,
+):  # another kind of teacher, another loss, several steps: one step of the chain per iteration, the same everywhere
+    tiny_sd3(home / 'flow')
+    how = (
+        '--teacher flow --student-steps 3 --max-train-images 24 --loss-weight 1-t --timestep-sampling logit-normal '
+        '--fake-loss-weight velocity --method sim --distance huber:0.1 --n-eval 0'
+    ).split()
     run(home, 1, '--out', 'chain', *how)
     return how
 
 @pytest.mark.parametrize('how', ['copies', 'slices'])
 def test_a_flow_with_several_steps(home, chain, how):
     run(home, 2, '--out', f'chain-{how}', *chain, *(['--fsdp'] if how == 'slices' else []))
-    a, b = lines(home/'chain'), lines(home/f'chain-{how}')
-    assert len(a) == 3 and all(x[k] == pytest.approx(y[k], rel=2e-3, abs=1e-6) for x, y in zip(a, b) for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'))
-    new, old = (load_file(home/f/'transformer/diffusion_pytorch_model.safetensors') for f in (f'chain-{how}/generator', 'flow'))
-    assert apart(new, load_file(home/'chain/generator/transformer/diffusion_pytorch_model.safetensors')) < 1e-3 and apart(new, old) > 1e-4
+    a, b = lines(home / 'chain'), lines(home / f'chain-{how}')
+    assert len(a) == 3 and all(
+        x[k] == pytest.approx(y[k], rel=2e-3, abs=1e-6)
+        for x, y in zip(a, b)
+        for k in ('loss_fake', 'fisher', 'norm', 'norm_fake')
+    )
+    new, old = (
+        load_file(home / f / 'transformer/diffusion_pytorch_model.safetensors')
+        for f in (f'chain-{how}/generator', 'flow')
+    )
+    assert (
+        apart(new, load_file(home / 'chain/generator/transformer/diffusion_pytorch_model.safetensors')) < 1e-3
+        and apart(new, old) > 1e-4
+    )
 
 @pytest.mark.parametrize('how', ['copies', 'slices'])
 def test_fp16_on_two_processes(home, how):
     "The loss scalers of two processes and of one settle alike; norms agree to fp16's rounding"
     flags = ['--mixed-precision', 'fp16', '--max-train-images', '16', '--n-eval', '0']
-    if not (home/'half').exists(): run(home, 1, '--out', 'half', *flags)
+    if not (home / 'half').exists():
+        run(home, 1, '--out', 'half', *flags)
     run(home, 2, '--out', f'half-{how}', *flags, *(['--fsdp'] if how == 'slices' else []))
-    a, b = lines(home/'half'), lines(home/f'half-{how}')
+    a, b = lines(home / 'half'), lines(home / f'half-{how}')
     assert [r['nimg'] for r in b] == [8, 16]
-    for k in ('skipped', 'skipped_fake', 'scale_fake', 'scale_generator'): assert [r[k] for r in a] == [r[k] for r in b], k
-    for k in ('norm', 'norm_fake'): assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=.03), k
+    for k in ('skipped', 'skipped_fake', 'scale_fake', 'scale_generator'):
+        assert [r[k] for r in a] == [r[k] for r in b], k
+    for k in ('norm', 'norm_fake'):
+        assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=0.03), k
 
 def test_slices_resume_exactly(home):
-    run(home, 2, '--out', 'long', '--max-train-images', '32', '--fsdp'); run(home, 2, '--out', 'short', '--max-train-images', '16', '--fsdp')
+    run(home, 2, '--out', 'long', '--max-train-images', '32', '--fsdp')
+    run(home, 2, '--out', 'short', '--max-train-images', '16', '--fsdp')
     run(home, 2, '--resume', 'short', '--max-train-images', '32', '--fsdp')
-    a, b = generator(home/'long'), generator(home/'short')
+    a, b = generator(home / 'long'), generator(home / 'short')
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 def children(pid):
     "Processes started by a process"
-    return [int(p) for t in os.listdir(f'/proc/{pid}/task') for p in open(f'/proc/{pid}/task/{t}/children').read().split()]
+    return [
+        int(p)
+        for t in os.listdir(f'/proc/{pid}/task')
+        for p in open(f'/proc/{pid}/task/{t}/children').read().split()
+    ]
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 def test_a_signal_to_one_stops_both(home):
     p = start(home, 2, '--out', 'told', '--max-train-images', '80000')
-    while p.poll() is None and not checkpoints(home/'told/checkpoints'): time.sleep(.05)
-    os.kill(children(p.pid)[-1], signal.SIGTERM)                                             # the second process only
+    while p.poll() is None and not checkpoints(home / 'told/checkpoints'):
+        time.sleep(0.05)
+    os.kill(children(p.pid)[-1], signal.SIGTERM)  # the second process only
     out, err = p.communicate(timeout=120)
     assert p.returncode == 0 and '--resume told' in out, err[-2000:]
-    nimg = lines(home/'told')[-1]['nimg']
-    assert int(checkpoints(home/'told/checkpoints')[0].name) == nimg < 80000 and (home/'told/generator/model_index.json').exists()
+    nimg = lines(home / 'told')[-1]['nimg']
+    assert (
+        int(checkpoints(home / 'told/checkpoints')[0].name) == nimg < 80000
+        and (home / 'told/generator/model_index.json').exists()
+    )
 
 def test_a_batch_that_cannot_be_shared(home):
     out, err = (p := start(home, 2, '--out', 'odd', '--total-batch-size', '7')).communicate()
-    assert p.returncode != 0 and err.count('does not divide among 2 processes') == 1 and not (home/'odd').exists()
+    assert (
+        p.returncode != 0
+        and err.count('does not divide among 2 processes') == 1
+        and not (home / 'odd').exists()
+    )
 
 ONE_OVERFLOWS = """
 import json, torch
@@ -128,18 +208,40 @@ said = team.all_say(said)
 if team.main: print(json.dumps(said))
 team.leave()
 """
+
 def test_an_overflow_of_one_is_skipped_by_both(tmp_path):
-    "An infinite gradient in one process, or in the slice of one: both leave the step out, halve the scale and keep the same weights"
-    (tmp_path/'ranks.py').write_text(ONE_OVERFLOWS)
+    """An infinite gradient in one process, or in the slice of one: both leave the step out, halve the scale and
+    keep the same weights"""
+    (tmp_path / 'ranks.py').write_text(ONE_OVERFLOWS)
     env = dict({k: v for k, v in os.environ.items() if k != 'IN_TEST'}, OMP_NUM_THREADS='1')
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', 'ranks.py']
+    launch = [
+        sys.executable,
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc-per-node',
+        '2',
+        'ranks.py',
+    ]
     done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     a, b = json.loads(done.stdout.splitlines()[-1])
     assert len(a) == 4 and set(a) == set(b)
     for k in a:
-        for of in ('skipped', 'scale', 'moved', 'weights'): assert [s[of] for s in a[k]] == [s[of] for s in b[k]], (k, of)
-        assert [s['skipped'] for s in a[k]] == [0, 1, 1, 0] and [s['moved'] for s in a[k]] == [True, False, False, True], k
-        assert [s['scale'] for s in a[k]] == ([256, 128, 64, 64] if 'fp16' in k else [0]*4), k
-        alone = [[True, False, True, True], [True, True, False, True]] if 'slices' in k else [[True, False, False, True]]*2
-        assert [[s['here'] for s in r[k]] for r in (a, b)] == alone, k       # the slices were not both spoilt: somebody had to tell
+        for of in ('skipped', 'scale', 'moved', 'weights'):
+            assert [s[of] for s in a[k]] == [s[of] for s in b[k]], (k, of)
+        assert [s['skipped'] for s in a[k]] == [0, 1, 1, 0] and [s['moved'] for s in a[k]] == [
+            True,
+            False,
+            False,
+            True,
+        ], k
+        assert [s['scale'] for s in a[k]] == ([256, 128, 64, 64] if 'fp16' in k else [0] * 4), k
+        alone = (
+            [[True, False, True, True], [True, True, False, True]]
+            if 'slices' in k
+            else [[True, False, False, True]] * 2
+        )
+        assert [[s['here'] for s in r[k]] for r in (a, b)] == alone, (
+            k
+        )  # the slices were not both spoilt: somebody had to tell

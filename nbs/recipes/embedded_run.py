@@ -6,6 +6,7 @@ Runs `sid-lsg distill` once, as a user would, and copies what it wrote into nbs/
 (embedded_run.png) and config, log, scores, machine, date and minutes (embedded_run.json). Then scores the teacher at
 several guidance scales, so that the table's teacher row can be seen to be its best. Nothing is typed in by hand.
 """
+
 import json, os, platform, shutil, subprocess, sys, tempfile, time
 from dataclasses import asdict
 from datetime import date
@@ -16,30 +17,64 @@ from sid_lsg_nb.metrics.tiny import TinyClip, tiny_score
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.drawing import many_step_draw
 
-IMAGES = Path(__file__).parent.parent/'images'
+IMAGES = Path(__file__).parent.parent / 'images'
 
-def machine()->str:
+def machine() -> str:
     "Cores, processor and torch version, in words"
-    model = [l.split(':', 1)[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')] if Path('/proc/cpuinfo').exists() else [platform.processor()]
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f'{os.cpu_count()} CPU cores ({model[0]})'
+    model = (
+        [
+            l.split(':', 1)[1].strip()
+            for l in Path('/proc/cpuinfo').read_text().splitlines()
+            if l.startswith('model name')
+        ]
+        if Path('/proc/cpuinfo').exists()
+        else [platform.processor()]
+    )
+    where = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f'{os.cpu_count()} CPU cores ({model[0]})'
+    )
     return f'{where}, torch {torch.__version__.split("+")[0]}'
 
-def teacher_scores(scales=(1., 1.25, 1.5, 2., 3.))->list[dict]:
+def teacher_scores(scales=(1.0, 1.25, 1.5, 2.0, 3.0)) -> list[dict]:
     "The teacher's row at several guidance scales"
     teacher, scorer, c = load_sd(), TinyClip(), Config()
-    return [asdict(tiny_score(f'teacher, {c.teacher_steps} steps, CFG {k:g}', many_step_draw(teacher, k, c.teacher_steps), scorer, n=c.n_eval, seed=c.seed)) for k in scales]
+    return [
+        asdict(
+            tiny_score(
+                f'teacher, {c.teacher_steps} steps, CFG {k:g}',
+                many_step_draw(teacher, k, c.teacher_steps),
+                scorer,
+                n=c.n_eval,
+                seed=c.seed,
+            )
+        )
+        for k in scales
+    ]
 
-def main(options:list[str]):
+def main(options: list[str]):
     "Run, then copy"
     with tempfile.TemporaryDirectory() as tmp:
-        out, tick = Path(tmp)/'embedded', time.time()
-        subprocess.run([sys.executable, '-m', 'sid_lsg_nb.cli', 'distill', '--out', str(out), *options], check=True)
-        minutes = (time.time() - tick)/60
+        out, tick = Path(tmp) / 'embedded', time.time()
+        subprocess.run(
+            [sys.executable, '-m', 'sid_lsg_nb.cli', 'distill', '--out', str(out), *options], check=True
+        )
+        minutes = (time.time() - tick) / 60
         IMAGES.mkdir(exist_ok=True)
-        shutil.copy(sorted((out/'samples').glob('*.png'))[-1], IMAGES/'embedded_run.png')
-        config = {k: v for k, v in json.loads((out/'config.json').read_text()).items() if k != 'out'}
-        run = dict(machine=machine(), date=date.today().isoformat(), minutes=round(minutes, 2), config=config,
-            scores=json.loads((out/'scores.json').read_text()), log=[json.loads(l) for l in (out/'log.jsonl').read_text().splitlines()], teacher=teacher_scores())
-        (IMAGES/'embedded_run.json').write_text(json.dumps(run) + '\n')
+        shutil.copy(sorted((out / 'samples').glob('*.png'))[-1], IMAGES / 'embedded_run.png')
+        config = {k: v for k, v in json.loads((out / 'config.json').read_text()).items() if k != 'out'}
+        run = dict(
+            machine=machine(),
+            date=date.today().isoformat(),
+            minutes=round(minutes, 2),
+            config=config,
+            scores=json.loads((out / 'scores.json').read_text()),
+            log=[json.loads(l) for l in (out / 'log.jsonl').read_text().splitlines()],
+            teacher=teacher_scores(),
+        )
+        (IMAGES / 'embedded_run.json').write_text(json.dumps(run) + '\n')
 
-if __name__ == '__main__': main(sys.argv[1:])
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

@@ -30,45 +30,76 @@ from ..training.config import Config, teacher_shapes
 from ..training.trainer import Job, iterate, setup
 
 # %% ../../nbs/7_commands/03_bench.ipynb #bddc0078
-def config_of(b:Bench)->Config:
+def config_of(b: Bench) -> Config:
     "The training settings that a benchmark times"
-    same = {k: v for k, v in asdict(b).items() if k not in ('micro_batch', 'repeat', 'memory', 'out', 'teacher')}
-    return Config(**same, teacher='embedded' if b.teacher.startswith('random-') else b.teacher, prompts='' if is_edm(b.teacher) else str(EMBEDDED/'prompts.txt'), total_batch_size=b.micro_batch, max_train_images=b.micro_batch)
+    same = {
+        k: v for k, v in asdict(b).items() if k not in ('micro_batch', 'repeat', 'memory', 'out', 'teacher')
+    }
+    return Config(
+        **same,
+        teacher='embedded' if b.teacher.startswith('random-') else b.teacher,
+        prompts='' if is_edm(b.teacher) else str(EMBEDDED / 'prompts.txt'),
+        total_batch_size=b.micro_batch,
+        max_train_images=b.micro_batch,
+    )
 
 # %% ../../nbs/7_commands/03_bench.ipynb #bd9ecca9
-def random_teacher(name:str, device)->Teacher:
+def random_teacher(name: str, device) -> Teacher:
     "A pipeline of published shapes with random weights; raises `InputError` for an unknown name"
     key = name.removeprefix('random-')
-    if key not in SHAPES: raise InputError(f'{name!r} is not known; use one of {", ".join("random-" + k for k in SHAPES)}, "embedded" or a folder')
+    if key not in SHAPES:
+        raise InputError(
+            f'{name!r} is not known; use one of {", ".join("random-" + k for k in SHAPES)}, "embedded" or a folder'
+        )
     width = SHAPES[key][0]['cross_attention_dim']
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED/'teacher/tokenizer', model_max_length=77)
-    with torch.device(device):                                                      # a billion random numbers, made where they are needed
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / 'teacher/tokenizer', model_max_length=77)
+    with torch.device(device):  # a billion random numbers, made where they are needed
         unet = UNet2DConditionModel.from_config(SHAPES[key][0])
-        text = CLIPTextModel(CLIPTextConfig(hidden_size=width, intermediate_size=4*width, num_hidden_layers=12 if width == 768 else 23, num_attention_heads=width//64, projection_dim=width))
-    vae = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, down_block_types=('DownEncoderBlock2D',)*4, up_block_types=('UpDecoderBlock2D',)*4, sample_size=512)
-    scheduler = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False)
-    pipe = StableDiffusionPipeline(vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False)
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12 if width == 768 else 23,
+                num_attention_heads=width // 64, projection_dim=width)
+        )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, sample_size=512)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', clip_sample=False
+    )
+    pipe = StableDiffusionPipeline(
+        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
     torch.nn.ModuleList([unet, text]).to(device).eval().requires_grad_(False)
-    return Teacher(Denoiser(unet, DiscreteSchedule.from_scheduler(scheduler)), TextEncoder(tokenizer, text), vae.eval().requires_grad_(False), pipe, name, 'cpu')
+    return Teacher(
+        Denoiser(unet, DiscreteSchedule.from_scheduler(scheduler)), TextEncoder(tokenizer, text),
+        vae.eval().requires_grad_(False), pipe, name, 'cpu')
 
 # %% ../../nbs/7_commands/03_bench.ipynb #ec12c2d4
-def bare(d:Denoiser):
+def bare(d: Denoiser):
     "The network of a denoiser and nothing around it"
+
     def call(x, t, cond):
         low = next(d.net.parameters(), x).dtype
         with torch.autocast(x.device.type, d.autocast, enabled=d.autocast is not None, cache_enabled=False):
-            return d.predict(x.to(low), t, {k: v.to(low) if v.is_floating_point() else v for k, v in cond.items()})
+            return d.predict(
+                x.to(low), t, {k: v.to(low) if v.is_floating_point() else v for k, v in cond.items()}
+            )
+
     return call
 
 
-def floor_calls(job:Job)->dict: # name: a function that does the calls
+def floor_calls(job: Job) -> dict:  # name: a function that does the calls
     "The network calls of one iteration, alone"
-    nets, text, prompts = job.nets, job.teacher.text, PromptStream(job.prompts, 1).take(job.config.total_batch_size)
+    nets, text, prompts = (
+        job.nets, job.teacher.text, PromptStream(job.prompts, 1).take(job.config.total_batch_size))
     fake, generator, cond = nets['fake'], nets['generator'], text(prompts)
-    n = job.method.draw(job.method.updates(0)[-1], (len(prompts), *job.teacher.latent_shape), job.teacher.schedule, job.rng)
+    n = job.method.draw(
+        job.method.updates(0)[-1], (len(prompts), *job.teacher.latent_shape), job.teacher.schedule, job.rng
+    )
     one = twice = n.z, n.t, cond
     if job.method.kappa != Kappa():
-        twice = torch.cat([n.z]*2), torch.cat([n.t]*2), cond_cat(cond_expand(nets.null, len(prompts)), cond)
+        twice = (
+            torch.cat([n.z] * 2), torch.cat([n.t] * 2), cond_cat(cond_expand(nets.null, len(prompts)), cond))
     G, F, T = (bare(d) for d in (generator.net, fake.net, nets.teacher))
 
     def full(call, args, learner):
@@ -77,50 +108,120 @@ def floor_calls(job:Job)->dict: # name: a function that does the calls
 
     def through(call):
         x = twice[0].detach().requires_grad_()
-        with frozen(fake.net): torch.autograd.grad(call(x, *twice[1:]).sum(), x)
+        with frozen(fake.net):
+            torch.autograd.grad(call(x, *twice[1:]).sum(), x)
 
     def look(call, args):
-        with torch.no_grad(): call(*args)
+        with torch.no_grad():
+            call(*args)
 
-    calls = {'text, two batches': lambda: [text(prompts) for _ in range(2)], 'generator draws': lambda: look(G, one),
-             'fake learns': lambda: full(F, twice, fake), 'generator learns': lambda: full(G, one, generator),
-             'through the teacher': lambda: through(T), 'through the fake': lambda: through(F)}
+    calls = {
+        'text, two batches': lambda: [text(prompts) for _ in range(2)], 'generator draws': lambda: look(G, one),
+        'fake learns': lambda: full(F, twice, fake), 'generator learns': lambda: full(G, one, generator),
+        'through the teacher': lambda: through(T), 'through the fake': lambda: through(F)}
     again = {'generator draws again': lambda: look(G, one), 'fake is asked again': lambda: look(F, twice)}
     return calls | (again if job.method.gradient is generator_grad_sequential else {})
 
 # %% ../../nbs/7_commands/03_bench.ipynb #89c0735a
-def clock(work, device:torch.device)->float: # seconds
+def clock(work, device: torch.device) -> float:  # seconds
     "How long something takes, the device included"
-    wait = torch.cuda.synchronize if device.type == 'cuda' else torch.mps.synchronize if device.type == 'mps' else lambda: None
-    wait(); start = time.perf_counter(); work(); wait()
+    wait = (
+        torch.cuda.synchronize
+        if device.type == 'cuda'
+        else torch.mps.synchronize
+        if device.type == 'mps'
+        else lambda: None
+    )
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
     return time.perf_counter() - start
-def machine(device:torch.device)->dict:
+
+
+def machine(device: torch.device) -> dict:
     "The machine, in words"
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), '') if Path('/proc/cpuinfo').exists() else platform.processor()
-    return dict(device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, cpu=cpu, threads=torch.get_num_threads(), system=platform.system(),
-                python=platform.python_version(), torch=torch.__version__, diffusers=diffusers.__version__, date=str(date.today()))
-def measure(b:Bench, teacher:Teacher|None=None)->dict: # settings, machine, ratio, seconds, parts, img_per_s, peak_gib
+    cpu = (
+        next(
+            (
+                l.split(':')[1].strip()
+                for l in Path('/proc/cpuinfo').read_text().splitlines()
+                if l.startswith('model name')
+            ),
+            '')
+        if Path('/proc/cpuinfo').exists()
+        else platform.processor()
+    )
+    return dict(
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else device.type, cpu=cpu,
+        threads=torch.get_num_threads(), system=platform.system(), python=platform.python_version(),
+        torch=torch.__version__, diffusers=diffusers.__version__, date=str(date.today()))
+
+
+def measure(
+    b: Bench, teacher: Teacher | None = None
+) -> dict:  # settings, machine, ratio, seconds, parts, img_per_s, peak_gib
     "Time an iteration against its floor"
-    team = Team(b.device); job = setup(config_of(b), team, teacher or (random_teacher(b.teacher, team.device) if b.teacher.startswith('random-') else None))
+    team = Team(b.device)
+    job = setup(
+        config_of(b), team,
+        teacher or (random_teacher(b.teacher, team.device) if b.teacher.startswith('random-') else None))
     it, calls, turns = iterate(job), floor_calls(job), []
-    for _ in range(2): next(it); [f() for f in calls.values()]                       # warm: compilation, caches, allocator
-    if team.device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
-    peak = clock(lambda: next(it), team.device) and (torch.cuda.max_memory_allocated()/2**30 if team.device.type == 'cuda' else None)
-    for _ in tqdm(range(b.repeat), unit='turn'): turns.append((clock(lambda: next(it), team.device), {k: clock(f, team.device) for k, f in calls.items()}))
+    for _ in range(2):
+        next(it)
+        [f() for f in calls.values()]  # warm: compilation, caches, allocator
+    if team.device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+    peak = clock(lambda: next(it), team.device) and (
+        torch.cuda.max_memory_allocated() / 2**30 if team.device.type == 'cuda' else None
+    )
+    for _ in tqdm(range(b.repeat), unit='turn'):
+        turns.append(
+            (clock(lambda: next(it), team.device), {k: clock(f, team.device) for k, f in calls.items()})
+        )
     whole, floors = [w for w, _ in turns], [sum(p.values()) for _, p in turns]
-    return dict(settings={k: v for k, v in asdict(b).items() if k != 'out'}, machine=machine(team.device), ratio=round(statistics.median(w/f for w, f in zip(whole, floors)), 4), seconds=round(statistics.median(whole), 5), floor=round(statistics.median(floors), 5),
-        parts={k: round(statistics.median(p[k] for _, p in turns), 5) for k in calls}, img_per_s=round(b.micro_batch/statistics.median(whole), 3), peak_gib=peak and round(peak, 3))
+    return dict(
+        settings={k: v for k, v in asdict(b).items() if k != 'out'}, machine=machine(team.device),
+        ratio=round(statistics.median(w / f for w, f in zip(whole, floors)), 4),
+        seconds=round(statistics.median(whole), 5), floor=round(statistics.median(floors), 5),
+        parts={k: round(statistics.median(p[k] for _, p in turns), 5) for k in calls},
+        img_per_s=round(b.micro_batch / statistics.median(whole), 3), peak_gib=peak and round(peak, 3))
 
 # %% ../../nbs/7_commands/03_bench.ipynb #82b54ae1
-def bench(b:Bench)->dict|None: # None: only the memory table was wanted
+def bench(b: Bench) -> dict | None:  # None: only the memory table was wanted
     "Print and keep a measurement; raises `InputError` for input that cannot work"
-    if b.micro_batch < 1 or b.repeat < 1: raise InputError(f'micro_batch {b.micro_batch} and repeat {b.repeat} must be at least 1')
+    if b.micro_batch < 1 or b.repeat < 1:
+        raise InputError(f'micro_batch {b.micro_batch} and repeat {b.repeat} must be at least 1')
     shapes = SHAPES.get(b.teacher.removeprefix('random-')) or teacher_shapes(b.teacher)
-    if shapes: print_budget('memory, counted from shapes (workspaces come on top):', counted := budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=b.micro_batch, precision=config_of(b).precision, guided=b.kappa != 1,
-        sequential_gradient=b.sequential_gradient or b.lora != 'none', gradient_checkpointing=b.gradient_checkpointing, lora=b.lora, lora_rank=b.lora_rank, offload=b.offload, use_8bit_adam=b.use_8bit_adam))
-    if b.memory: return None
-    found = measure(b) | (dict(counted_gib=round(sum(counted.values())/2**30, 3)) if shapes else {})
-    print(f'\n{found["machine"]["device"]}, {found["machine"]["cpu"]}: iteration {found["seconds"]:.4g} s = {found["ratio"]:.3f} x floor ({found["floor"]:.4g} s), {found["img_per_s"]:.4g} images/s'
-          + (f', peak {found["peak_gib"]:.2f} GiB' if found['peak_gib'] else ''), *(f'  {k:<22} {v:.4g} s' for k, v in found['parts'].items()), sep='\n')
-    if b.out: Path(b.out).parent.mkdir(parents=True, exist_ok=True); atomic_write(b.out, json.dumps(found, indent=1) + '\n'); print(f'written to {b.out}')
+    if shapes:
+        print_budget(
+            'memory, counted from shapes (workspaces come on top):',
+            counted := budget(
+                meta_unet(shapes[0]),
+                *shapes[1:],
+                micro_batch=b.micro_batch,
+                precision=config_of(b).precision,
+                guided=b.kappa != 1,
+                sequential_gradient=b.sequential_gradient or b.lora != 'none',
+                gradient_checkpointing=b.gradient_checkpointing,
+                lora=b.lora,
+                lora_rank=b.lora_rank,
+                offload=b.offload,
+                use_8bit_adam=b.use_8bit_adam,
+            ),
+        )
+    if b.memory:
+        return None
+    found = measure(b) | (dict(counted_gib=round(sum(counted.values()) / 2**30, 3)) if shapes else {})
+    print(
+        f'\n{found["machine"]["device"]}, {found["machine"]["cpu"]}: iteration {found["seconds"]:.4g} s = '
+        f'{found["ratio"]:.3f} x floor ({found["floor"]:.4g} s), {found["img_per_s"]:.4g} images/s'
+        + (f', peak {found["peak_gib"]:.2f} GiB' if found['peak_gib'] else ''),
+        *(f'  {k:<22} {v:.4g} s' for k, v in found['parts'].items()),
+        sep='\n',
+    )
+    if b.out:
+        Path(b.out).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(b.out, json.dumps(found, indent=1) + '\n')
+        print(f'written to {b.out}')
     return found

@@ -30,83 +30,113 @@ def logit_map(
     return out.mean(-1 if out.ndim == 3 else 1).reshape(B, -1)
 
 # %% ../../nbs/1_method/09_adversary.ipynb #e6a20153
-def deepest(net:nn.Module)->str: # name of a layer
+def deepest(net: nn.Module) -> str:  # name of a layer
     "Where a network has read the whole picture and not yet begun to answer: the layer to read if none is named"
-    if hasattr(net, 'mid_block'): return 'mid_block'                                    # diffusers' U-Nets
-    if hasattr(net, 'model') and hasattr(net.model, 'enc'): return f'model.enc.{list(net.model.enc)[-1]}'    # EDM's
-    if 'SD3' in type(net).__name__: return 'norm_out'           # its blocks mix text and picture; this layer sees the picture alone
-    return f'transformer_blocks.{len(net.transformer_blocks)//2}' if hasattr(net, 'transformer_blocks') else ''
+    if hasattr(net, 'mid_block'):
+        return 'mid_block'  # diffusers' U-Nets
+    if hasattr(net, 'model') and hasattr(net.model, 'enc'):
+        return f'model.enc.{list(net.model.enc)[-1]}'  # EDM's
+    if 'SD3' in type(net).__name__:
+        return 'norm_out'  # its blocks mix text and picture; this layer sees the picture alone
+    return (
+        f'transformer_blocks.{len(net.transformer_blocks) // 2}' if hasattr(net, 'transformer_blocks') else ''
+    )
 
 
 @dataclass(frozen=True)
 class Discriminator:
     "Reads a layer of the fake as a map of logits: no weights of its own"
-    layer:str = '' # of the fake's network; '': the `deepest`
+
+    layer: str = ''  # of the fake's network; '': the `deepest`
 
     @contextmanager
-    def capture_features(self, net:nn.Module): # -> a list of what the layer returns, call by call
+    def capture_features(self, net: nn.Module):  # -> a list of what the layer returns, call by call
         "Listen to the layer; raises `InputError` if there is none of that name"
         net = getattr(net, 'net', net)
         layer, found = self.layer or deepest(net), []
-        try: module = net.get_submodule(layer or '?')
+        try:
+            module = net.get_submodule(layer or '?')
         except AttributeError:
             names = ', '.join(k for k, _ in net.named_children())
             what = repr(layer) if layer else 'that is known to be the deepest'
-            raise InputError(f'the fake has no layer {what}; name one of {names}, or one inside them') from None
+            raise InputError(
+                f'the fake has no layer {what}; name one of {names}, or one inside them'
+            ) from None
         hook = module.register_forward_hook(lambda _m, _args, out: found.append(out))
-        try: yield found
-        finally: hook.remove()
+        try:
+            yield found
+        finally:
+            hook.remove()
 
-    def logits(self, _nets, out, B:int)->Tensor: # [B, places]
+    def logits(self, _nets, out, B: int) -> Tensor:  # [B, places]
         return logit_map(out, B)
 
 # %% ../../nbs/1_method/09_adversary.ipynb #eb532631
 @dataclass(frozen=True)
 class AdversarialTerm:
     "The generator's reward for pictures that the discriminator takes for real"
-    discriminator:Discriminator
-    omega:Weight # the score term's weight, so that the proportion of the two stays
-    weight:float = 1e-4 # beside the score's loss (published: 0.01 beside 100)
-    scale:Callable[[int], float] = always
+
+    discriminator: Discriminator
+    omega: Weight  # the score term's weight, so that the proportion of the two stays
+    weight: float = 1e-4  # beside the score's loss (published: 0.01 beside 100)
+    scale: Callable[[int], float] = always
     through = True
 
-    def __call__(self, e:Estimates)->Tensor: # [b]
+    def __call__(self, e: Estimates) -> Tensor:  # [b]
         told = softplus(-e.logits.clamp(-10, 10)).mean(1)
-        bce = torch.where(e.ok, told, 0).sum()/e.ok.sum().clamp(min=1)
+        bce = torch.where(e.ok, told, 0).sum() / e.ok.sum().clamp(min=1)
         omega = self.omega(e)
-        return self.weight*e.x_g[0].numel()*bce*torch.where(e.ok, omega, 0)
+        return self.weight * e.x_g[0].numel() * bce * torch.where(e.ok, omega, 0)
 
 
 @dataclass(frozen=True)
 class DiscriminatorLoss:
-    "What the discriminator learns beside the fake's denoising: real and made pictures at the same times, with the same noise"
-    discriminator:Discriminator
-    weight:float = 1. # beside the fake's loss
-    level_weight:str = 'edm' # its weight by noise level: none, or of `LEVEL_WEIGHTS`
+    """What the discriminator learns beside the fake's denoising: real and made pictures at the same times, with
+    the same noise"""
 
-    def __call__(self, nets:Networks, kappa:Kappa, batch:Batch, draw:Draw, made)->Tensor: # [b]
+    discriminator: Discriminator
+    weight: float = 1.0  # beside the fake's loss
+    level_weight: str = 'edm'  # its weight by noise level: none, or of `LEVEL_WEIGHTS`
+
+    def __call__(self, nets: Networks, kappa: Kappa, batch: Batch, draw: Draw, made) -> Tensor:  # [b]
         "`made`: what the layer returned for the generator's pictures"
         fake, B, x = nets['fake'], len(draw.t), batch.real
         if x.shape != draw.z.shape:
-            raise InputError(f'real pictures {tuple(x.shape)} do not fit the micro-batch {tuple(draw.z.shape)}; give latents of that shape')
+            raise InputError(
+                f'real pictures {tuple(x.shape)} do not fit the micro-batch {tuple(draw.z.shape)}; give latents of '
+                f'that shape'
+            )
         s, made = fake.net.schedule, self.discriminator.logits(nets, made, B)
         x_t = s.add_noise(x.to(draw.z), draw.eps, draw.t)
         with self.discriminator.capture_features(fake.net) as found:
-            predict_guided(fake.train, x_t, draw.t, batch.real_cond or batch.cond, nets.null, 0. if kappa.unconditional_fake else 1.)
+            predict_guided(
+                fake.train,
+                x_t,
+                draw.t,
+                batch.real_cond or batch.cond,
+                nets.null,
+                0.0 if kappa.unconditional_fake else 1.0,
+            )
         told = softplus(-self.discriminator.logits(nets, found[-1], B)).mean(1) + softplus(made).mean(1)
-        return self.weight*level_weight(self.level_weight, s.alpha(draw.t), s.sigma(draw.t)).to(told.dtype)*told/2
+        return (
+            self.weight
+            * level_weight(self.level_weight, s.alpha(draw.t), s.sigma(draw.t)).to(told.dtype)
+            * told
+            / 2
+        )
 
 # %% ../../nbs/1_method/09_adversary.ipynb #496a8f95
 @dataclass(frozen=True)
 class Adversary:
     "SiDA's options (2410.14919)"
-    layer:str = '' # of the fake's network: whose output is read as logits; '': the `deepest`
-    weight_discriminator:float = 1. # the discriminator's loss, beside the fake's
-    level_weight:str = 'edm' # its weight by noise level: none, or of `LEVEL_WEIGHTS`
-    weight_generator:float = 1e-4 # the generator's reward, beside its loss (published: 0.01 beside 100)
-    share:float = .5 # of the reward in the mixture; the loss keeps the rest
-    freeze_generator_until:int = 100_000 # images
-    start:int = 200_000 # images after which the generator is rewarded
+
+    layer: str = ''  # of the fake's network: whose output is read as logits; '': the `deepest`
+    weight_discriminator: float = 1.0  # the discriminator's loss, beside the fake's
+    level_weight: str = 'edm'  # its weight by noise level: none, or of `LEVEL_WEIGHTS`
+    weight_generator: float = 1e-4  # the generator's reward, beside its loss (published: 0.01 beside 100)
+    share: float = 0.5  # of the reward in the mixture; the loss keeps the rest
+    freeze_generator_until: int = 100_000  # images
+    start: int = 200_000  # images after which the generator is rewarded
 
     def __post_init__(self):
         if not 0 <= self.share <= 1:
@@ -117,10 +147,14 @@ class Adversary:
         level_weight(self.level_weight, torch.ones(1), torch.ones(1))
 
 
-def add_adversary(method:ScoreDistillation, a:Adversary)->ScoreDistillation:
+def add_adversary(method: ScoreDistillation, a: Adversary) -> ScoreDistillation:
     "The same method with real pictures: one more term for the generator, one more loss for the fake, and a clock"
     discriminator, (score,) = Discriminator(a.layer), method.terms
-    score = replace(score, scale=Switch(a.start, 1., 1 - a.share))
-    reward = AdversarialTerm(discriminator, find_weight(score.weight), a.weight_generator, Switch(a.start, 0., a.share))
+    score = replace(score, scale=Switch(a.start, 1.0, 1 - a.share))
+    reward = AdversarialTerm(
+        discriminator, find_weight(score.weight), a.weight_generator, Switch(a.start, 0.0, a.share)
+    )
     critic = DiscriminatorLoss(discriminator, a.weight_discriminator, a.level_weight)
-    return replace(method, terms=(score, reward), critics=(critic,), freeze_generator_until=a.freeze_generator_until)
+    return replace(
+        method, terms=(score, reward), critics=(critic,), freeze_generator_until=a.freeze_generator_until
+    )

@@ -19,25 +19,27 @@ from .steps import Method, ScoreDistillation, ScoreTerm, generator_grad
 @dataclass(frozen=True)
 class Recipe:
     "What is minimised, and where in time: flat, as the settings of a run are"
-    method:str = 'sid' # a row of `METHODS`
-    kappa:Kappa = Kappa.lsg(1.5) # the four guidance scales
-    alpha:float = 1. # of sid: 1 is SIM with squared L2, 0.5 the exact Fisher gradient
-    distance:str|Distance = 'huber' # of sim: l2, huber:C0, huber-abs:C, p:P, or an object
-    space:str = 'x0' # of sim: where it measures, x0 or score
-    loss_weight:str = 'l1' # per sample, a key of `WEIGHTS`
-    fake_loss_weight:str = 'snr' # none, or of `LEVEL_WEIGHTS`; snr is the error of eps
-    timestep_sampling:str = 'uniform' # of t, for the generator: uniform, karras, edm, logit-normal, with numbers if wanted (`edm:-0.4,1`)
-    timestep_sampling_fake:str|None = None # of t, for the fake; None: the same
-    t_min:float = 20 # x_t is drawn at t in [t_min, t_max): whole numbers for a table, parts of 1 for a flow
-    t_max:float = 980
-    t_init:float = 625 # the generator's own time, where sigma/alpha is about 2.5
-    student_steps:int = 1 # of the generator: from t_init linearly down, each trained in turn
-    renoise:str = 'fresh' # noise between its steps: fresh, or fixed (the start noise again)
-    fake_updates:int = 1 # of the fake, before each of the generator
-    adversary:Adversary|None = None # compare with real pictures, too
-    gradient:Callable = generator_grad # of the generator's losses, or `generator_grad_sequential`
 
-    def __post_init__(self): SiD(self.alpha), SIM(self.distance, self.space) # raise `InputError`, read or not
+    method: str = 'sid'  # a row of `METHODS`
+    kappa: Kappa = Kappa.lsg(1.5)  # the four guidance scales
+    alpha: float = 1.0  # of sid: 1 is SIM with squared L2, 0.5 the exact Fisher gradient
+    distance: str | Distance = 'huber'  # of sim: l2, huber:C0, huber-abs:C, p:P, or an object
+    space: str = 'x0'  # of sim: where it measures, x0 or score
+    loss_weight: str = 'l1'  # per sample, a key of `WEIGHTS`
+    fake_loss_weight: str = 'snr'  # none, or of `LEVEL_WEIGHTS`; snr is the error of eps
+    timestep_sampling: str = 'uniform'  # of t, for the generator: uniform, karras, edm, logit-normal, with numbers if wanted (`edm:-0.4,1`)
+    timestep_sampling_fake: str | None = None  # of t, for the fake; None: the same
+    t_min: float = 20  # x_t is drawn at t in [t_min, t_max): whole numbers for a table, parts of 1 for a flow
+    t_max: float = 980
+    t_init: float = 625  # the generator's own time, where sigma/alpha is about 2.5
+    student_steps: int = 1  # of the generator: from t_init linearly down, each trained in turn
+    renoise: str = 'fresh'  # noise between its steps: fresh, or fixed (the start noise again)
+    fake_updates: int = 1  # of the fake, before each of the generator
+    adversary: Adversary | None = None  # compare with real pictures, too
+    gradient: Callable = generator_grad  # of the generator's losses, or `generator_grad_sequential`
+
+    def __post_init__(self):
+        SiD(self.alpha), SIM(self.distance, self.space)  # raise `InputError`, read or not
 
 # %% ../../nbs/1_method/10_methods.ipynb #f741edd6
 def score_distillation(recipe:Recipe, loss:Loss)->ScoreDistillation:

@@ -14,59 +14,107 @@ from ..core import InputError
 
 # %% ../../nbs/1_method/07_optim.ipynb #358f5cf9
 class LeanAdam(torch.optim.Optimizer):
-    "Adam with beta1 = 0 and no first moment in memory; with the attribute `found_inf` set to 1. a step changes nothing"
-    _step_supports_amp_scaling = True          # a GradScaler sets `found_inf` and does not wait for the device
-    def __init__(self, params, lr:float=1e-6, eps:float=1e-8, beta2:float=.999):
+    """Adam with beta1 = 0 and no first moment in memory; with the attribute `found_inf` set to 1. a step changes
+    nothing"""
+
+    _step_supports_amp_scaling = True  # a GradScaler sets `found_inf` and does not wait for the device
+
+    def __init__(self, params, lr: float = 1e-6, eps: float = 1e-8, beta2: float = 0.999):
         super().__init__(params, dict(lr=lr, eps=eps, beta2=beta2, fused=True))
         for p in (p for group in self.param_groups for p in group['params']):
             self.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg_sq=torch.zeros_like(p))
+
     def load_state_dict(self, state_dict):
-        "As every optimiser; moments get the memory layout of their parameters, which the fused kernel takes for granted"
+        """As every optimiser; moments get the memory layout of their parameters, which the fused kernel takes for
+        granted"""
         super().load_state_dict(state_dict)
-        for p, s in self.state.items(): s['exp_avg_sq'] = torch.empty_like(p).copy_(s['exp_avg_sq'])
+        for p, s in self.state.items():
+            s['exp_avg_sq'] = torch.empty_like(p).copy_(s['exp_avg_sq'])
+
     @torch.no_grad()
     def step(self, closure=None):
         "One step on every parameter that has a gradient"
         for group in self.param_groups:
             params = [p for p in group['params'] if p.grad is not None]
             grads, states = [p.grad for p in params], [self.state[p] for p in params]
-            adam(params, grads, grads, [s['exp_avg_sq'] for s in states], [], [s['step'] for s in states], fused=True, foreach=False,
-                 grad_scale=getattr(self, 'grad_scale', None), found_inf=getattr(self, 'found_inf', None), amsgrad=False, maximize=False,
-                 beta1=0., beta2=group['beta2'], lr=group['lr'], eps=group['eps'], weight_decay=0.)
+            adam(
+                params,
+                grads,
+                grads,
+                [s['exp_avg_sq'] for s in states],
+                [],
+                [s['step'] for s in states],
+                fused=True,
+                foreach=False,
+                grad_scale=getattr(self, 'grad_scale', None),
+                found_inf=getattr(self, 'found_inf', None),
+                amsgrad=False,
+                maximize=False,
+                beta1=0.0,
+                beta2=group['beta2'],
+                lr=group['lr'],
+                eps=group['eps'],
+                weight_decay=0.0,
+            )
 
 # %% ../../nbs/1_method/07_optim.ipynb #cc742d72
 def make_adam(
-    params, # iterable of tensors, or a network's `.parameters()`
-    lr:float=1e-6, # SiD-LSG's value for Stable Diffusion; tiny networks want 1e-4 to 1e-3
-    eps:float=1e-8, # 1e-8 for fp32 weights, 1e-6 for fp16 ones (SiD-LSG's code)
-    betas:tuple=(0., 0.999), # momentum off: the target moves
-    use_8bit_adam:bool=False, # the second moment in 8 bits per number, through bitsandbytes
-)->torch.optim.Optimizer:
-    "Adam as SiD uses it: no momentum, constant lr, no decay (2404.04057, 2406.01561); raises `InputError` if bitsandbytes is wanted and missing"
+    params,  # iterable of tensors, or a network's `.parameters()`
+    lr: float = 1e-6,  # SiD-LSG's value for Stable Diffusion; tiny networks want 1e-4 to 1e-3
+    eps: float = 1e-8,  # 1e-8 for fp32 weights, 1e-6 for fp16 ones (SiD-LSG's code)
+    betas: tuple = (0.0, 0.999),  # momentum off: the target moves
+    use_8bit_adam: bool = False,  # the second moment in 8 bits per number, through bitsandbytes
+) -> torch.optim.Optimizer:
+    """Adam as SiD uses it: no momentum, constant lr, no decay (2404.04057, 2406.01561); raises `InputError` if
+    bitsandbytes is wanted and missing"""
     betas = tuple(map(float, betas))
-    if not use_8bit_adam: return LeanAdam(params, lr=lr, eps=eps, beta2=betas[1]) if betas[0] == 0 else torch.optim.Adam(params, lr=lr, eps=eps, betas=betas, fused=True)
-    try: from bitsandbytes.optim import Adam8bit
-    except ImportError as e: raise InputError('8-bit optimiser states need bitsandbytes; pip install bitsandbytes, or leave the option away') from e
+    if not use_8bit_adam:
+        return (
+            LeanAdam(params, lr=lr, eps=eps, beta2=betas[1])
+            if betas[0] == 0
+            else torch.optim.Adam(params, lr=lr, eps=eps, betas=betas, fused=True)
+        )
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError as e:
+        raise InputError(
+            '8-bit optimiser states need bitsandbytes; pip install bitsandbytes, or leave the option away'
+        ) from e
     return Adam8bit(params, lr=lr, eps=eps, betas=betas)
 
 # %% ../../nbs/1_method/07_optim.ipynb #c6eb32b2
 class EMA:
     "Exponential average of a network, its half-life counted in pictures seen (2206.00364; SiD: 50,000 for SiD-LSG)"
-    def __init__(self,
-        net:nn.Module, # averaged from now on; the average itself is the frozen copy `.net`, in eval mode, in fp32 or better
-        halflife:float=50_000, # pictures after which an old weight counts half; 0: a plain copy, no average
-        rampup:float|None=0.05, # half-life is at most this share of the pictures seen; None: full from the start
-        device=None, # where the average lives; None: where the network does, 'cpu' saves memory and costs a transfer per step
+
+    def __init__(
+        self,
+        net: nn.Module,  # averaged from now on; the average itself is the frozen copy `.net`, in eval mode, in fp32 or better
+        halflife: float = 50_000,  # pictures after which an old weight counts half; 0: a plain copy, no average
+        rampup: float
+        | None = 0.05,  # half-life is at most this share of the pictures seen; None: full from the start
+        device=None,  # where the average lives; None: where the network does, 'cpu' saves memory and costs a transfer per step
     ):
-        self.net, self.halflife, self.rampup = copy.deepcopy(net).to(device).eval().requires_grad_(False), halflife, rampup
-        for p in self.net.parameters(): p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))   # half precision would round the average away
-    def beta(self, nimg:int, batch:int)->float:
+        self.net, self.halflife, self.rampup = (
+            copy.deepcopy(net).to(device).eval().requires_grad_(False),
+            halflife,
+            rampup,
+        )
+        for p in self.net.parameters():
+            p.data = p.data.to(
+                torch.promote_types(p.dtype, torch.float32)
+            )  # half precision would round the average away
+
+    def beta(self, nimg: int, batch: int) -> float:
         "What the old average keeps after a batch, when `nimg` pictures were seen before it"
-        h = self.halflife if self.rampup is None else min(self.halflife, nimg*self.rampup)
-        return 0.5**(batch/max(h, 1e-8))
+        h = self.halflife if self.rampup is None else min(self.halflife, nimg * self.rampup)
+        return 0.5 ** (batch / max(h, 1e-8))
+
     @torch.no_grad()
-    def update(self, net:nn.Module, nimg:int, batch:int):
+    def update(self, net: nn.Module, nimg: int, batch: int):
         "Move the average towards `net`; buffers (statistics, counters) are copied"
         mine = list(self.net.parameters())
-        torch._foreach_lerp_(mine, [q.to(p) for p, q in zip(mine, net.parameters())], 1 - self.beta(nimg, batch))
-        for b, n in zip(self.net.buffers(), net.buffers()): b.copy_(n)
+        torch._foreach_lerp_(
+            mine, [q.to(p) for p, q in zip(mine, net.parameters())], 1 - self.beta(nimg, batch)
+        )
+        for b, n in zip(self.net.buffers(), net.buffers()):
+            b.copy_(n)

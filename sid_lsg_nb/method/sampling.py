@@ -59,20 +59,23 @@ def step_times(
 # %% ../../nbs/1_method/05_sampling.ipynb #47adbc6c
 @torch.no_grad()
 def teacher_sample(
-    teacher, # a `Teacher`
-    z:Tensor, # start noise [B,C,H,W]
-    cond:Cond, # conditioning of the prompts [B, ...]
-    null:Cond, # conditioning of "" [1, ...]
-    kappa:float=3., # guidance scale
-    steps:int=25, # network evaluations (of a doubled batch when kappa != 1)
-)->Tensor: # latents [B,C,H,W]
-    "The teacher's own many-step answer, with its solver: diffusers' DPM-Solver++ for Stable Diffusion; or with the sampler that it brings"
-    if own := getattr(teacher, 'sample', None): return own(z, cond, null, kappa, steps)
-    scheduler = teacher.make_scheduler(); scheduler.set_timesteps(steps, device=z.device)
-    x = z*getattr(scheduler, 'init_noise_sigma', 1.)
+    teacher,  # a `Teacher`
+    z: Tensor,  # start noise [B,C,H,W]
+    cond: Cond,  # conditioning of the prompts [B, ...]
+    null: Cond,  # conditioning of "" [1, ...]
+    kappa: float = 3.0,  # guidance scale
+    steps: int = 25,  # network evaluations (of a doubled batch when kappa != 1)
+) -> Tensor:  # latents [B,C,H,W]
+    """The teacher's own many-step answer, with its solver: diffusers' DPM-Solver++ for Stable Diffusion; or with
+    the sampler that it brings"""
+    if own := getattr(teacher, 'sample', None):
+        return own(z, cond, null, kappa, steps)
+    scheduler = teacher.make_scheduler()
+    scheduler.set_timesteps(steps, device=z.device)
+    x = z * getattr(scheduler, 'init_noise_sigma', 1.0)
     for k in scheduler.timesteps:
         t = teacher.scheduler_time(k).expand(len(x))
-        y, = predict_guided(teacher.denoiser, x, t, cond, null, kappa)
+        (y,) = predict_guided(teacher.denoiser, x, t, cond, null, kappa)
         x = scheduler.step(teacher.schedule.from_x0(y, x, t), k, x, return_dict=False)[0]
     return x
 

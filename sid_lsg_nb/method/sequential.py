@@ -17,35 +17,40 @@ from .steps import Batch, Networks, ScoreDistillation, Update, ask_fake, ask_tea
 # %% ../../nbs/1_method/11_sequential.ipynb #d7a96c46
 class AttachGradient(torch.autograd.Function):
     "Losses whose gradient at x is known already: it was computed for the same objective"
+
     @staticmethod
-    def forward(ctx, _x:Tensor, losses:Tensor, grad:Tensor)->Tensor:
+    def forward(ctx, _x: Tensor, losses: Tensor, grad: Tensor) -> Tensor:
         ctx.save_for_backward(grad)
         return losses.clone()
 
     @staticmethod
-    def backward(ctx, _seed): return ctx.saved_tensors[0], None, None
+    def backward(ctx, _seed):
+        return ctx.saved_tensors[0], None, None
 
 
-def backward_to(x:Tensor, answers, grads)->Tensor:
+def backward_to(x: Tensor, answers, grads) -> Tensor:
     "The gradient at x of answers whose own gradients are known; 0 where none arrives"
     pairs = [(a, g) for a, g in zip(answers, grads) if g is not None]
-    if not pairs: return torch.zeros_like(x)
+    if not pairs:
+        return torch.zeros_like(x)
     return torch.autograd.grad([a for a, _ in pairs], x, [g for _, g in pairs])[0]
 
 
 def generator_grad_sequential(
-    method:ScoreDistillation, update:Update, nets:Networks, batch:Batch, draw:Draw,
-)->tuple[Tensor, Estimates]: # as `generator_grad`
+    method: ScoreDistillation, update: Update, nets: Networks, batch: Batch, draw: Draw
+) -> tuple[Tensor, Estimates]:  # as `generator_grad`
     "The generator's losses, with one network's graph in memory at a time"
     prefix = method.rollout.prefix(nets['generator'].net, batch.cond, draw)
     final = lambda net: method.rollout.final(net, prefix, batch.cond, draw)
-    with torch.no_grad(): x_g = final(nets['generator'].net)
+    with torch.no_grad():
+        x_g = final(nets['generator'].net)
     schedule, x_g = nets.teacher.schedule, x_g.requires_grad_()
     x_t = schedule.add_noise(x_g, draw.eps, draw.t)
     at = x_t.detach().requires_grad_()
     asked = method, update, nets, at, batch, draw
 
-    with torch.no_grad(): fakes = ask_fake(*asked)
+    with torch.no_grad():
+        fakes = ask_fake(*asked)
     y_real = ask_teacher(*asked)
     said = [y.detach().requires_grad_() for y in (y_real, *fakes)]
     e = Estimates(x_g, *said[:3], schedule.alpha(draw.t), schedule.sigma(draw.t), *said[3:])
@@ -54,18 +59,22 @@ def generator_grad_sequential(
     bare, to_real, *to_fakes = torch.autograd.grad(objective, [x_g, *said], allow_unused=True)
 
     through = backward_to(at, [y_real], [to_real])
-    del y_real                                                      # the teacher's graph is gone before the fake's is made
-    if any(g is not None for g in to_fakes): through = through + backward_to(at, ask_fake(*asked), to_fakes)
+    del y_real  # the teacher's graph is gone before the fake's is made
+    if any(g is not None for g in to_fakes):
+        through = through + backward_to(at, ask_fake(*asked), to_fakes)
     grad = bare + torch.autograd.grad(x_t, x_g, through)[0]
     return AttachGradient.apply(final(nets['generator'].train), losses.detach(), where_ok(e.ok, grad)), e
 
 # %% ../../nbs/1_method/11_sequential.ipynb #215d8ee6
-class _Held(list): "A box that can be watched until autograd drops it"
+class _Held(list):
+    "A box that can be watched until autograd drops it"
 
 
 class SavedTensorMemory(torch.autograd.graph.saved_tensors_hooks):
-    "Counts the bytes that autograd keeps for backward while it is active, the networks' weights left out; `peak` is the most"
-    def __init__(self, *nets:nn.Module):
+    """Counts the bytes that autograd keeps for backward while it is active, the networks' weights left out; `peak`
+    is the most"""
+
+    def __init__(self, *nets: nn.Module):
         self.now, self.peak, self.count, self.size = 0, 0, defaultdict(int), {}
         self.own = {p.untyped_storage()._cdata for n in nets for p in n.parameters()}
         super().__init__(self._hold, lambda held: held[0])
@@ -73,7 +82,8 @@ class SavedTensorMemory(torch.autograd.graph.saved_tensors_hooks):
     def _hold(self, tensor):
         storage, held = tensor.untyped_storage(), _Held([tensor.detach()])
         key = storage._cdata
-        if key in self.own: return held
+        if key in self.own:
+            return held
         if not self.count[key]:
             self.size[key] = storage.nbytes()
             self.now += self.size[key]
@@ -84,4 +94,5 @@ class SavedTensorMemory(torch.autograd.graph.saved_tensors_hooks):
 
     def _drop(self, key):
         self.count[key] -= 1
-        if not self.count[key]: self.now -= self.size[key]
+        if not self.count[key]:
+            self.now -= self.size[key]

@@ -12,17 +12,23 @@ from pathlib import Path
 from ..core import RunError, atomic_folder, clean_up, remove_path
 
 # %% ../../nbs/6_training/01_checkpoint.ipynb #2032a1a0
-def split(tree, path:str=''): # dicts, lists, tuples, tensors, numbers, strings, None
-    "(skeleton, tensors): JSON with the shape of the tree, and its tensors by path; raises `TypeError` for anything else"
+def split(tree, path: str = ''):  # dicts, lists, tuples, tensors, numbers, strings, None
+    """(skeleton, tensors): JSON with the shape of the tree, and its tensors by path; raises `TypeError` for
+    anything else"""
     import torch
-    if torch.is_tensor(tree): return {'tensor': path}, {path: tree}
+
+    if torch.is_tensor(tree):
+        return {'tensor': path}, {path: tree}
     if isinstance(tree, (dict, list, tuple)):
         items = tree.items() if isinstance(tree, dict) else enumerate(tree)
         parts = [(k, split(v, f'{path}/{k}')) for k, v in items]
         tensors = {name: t for _, (_, found) in parts for name, t in found.items()}
-        kind = next(t.__name__ for t in (dict, list, tuple) if isinstance(tree, t))               # an OrderedDict is a dict here
+        kind = next(
+            t.__name__ for t in (dict, list, tuple) if isinstance(tree, t)
+        )  # an OrderedDict is a dict here
         return {kind: [[k, s] for k, (s, _) in parts]}, tensors
-    if tree is None or isinstance(tree, (bool, int, float, str)): return {'value': tree}, {}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return {'value': tree}, {}
     raise TypeError(f'a {type(tree).__name__} at {path or "the root"} cannot be saved as data')
 
 # %% ../../nbs/6_training/01_checkpoint.ipynb #673d95cf
@@ -37,21 +43,38 @@ def join(skeleton, tensors:dict):
 # %% ../../nbs/6_training/01_checkpoint.ipynb #e28cad30
 class CheckpointError(RunError):
     "A checkpoint could not be written or cannot be trusted"
-def _sha256(file)->str:
-    with open(file, 'rb') as f: return hashlib.file_digest(f, 'sha256').hexdigest()
-def _sha_tree(skeleton)->str: return hashlib.sha256(json.dumps(skeleton).encode()).hexdigest()
-def _described(path:Path)->dict: # state.json
+
+
+def _sha256(file) -> str:
+    with open(file, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def _sha_tree(skeleton) -> str:
+    return hashlib.sha256(json.dumps(skeleton).encode()).hexdigest()
+
+
+def _described(path: Path) -> dict:  # state.json
     "What is told of the tensors, if the sizes are as told; raises OSError, ValueError, KeyError or TypeError if not"
-    meta, file = json.loads((path/'state.json').read_bytes()), path/'state.safetensors'
-    if file.stat().st_size != meta['bytes']: raise ValueError(f'state.safetensors has {file.stat().st_size:,} bytes, not {meta["bytes"]:,}')
-    if _sha_tree(meta['tree']) != meta['tree_sha256']: raise ValueError('state.json is not what was written (SHA-256 differs)')
-    if meta['nimg'] != int(path.name): raise ValueError(f'it was written as {meta["nimg"]}')
+    meta, file = json.loads((path / 'state.json').read_bytes()), path / 'state.safetensors'
+    if file.stat().st_size != meta['bytes']:
+        raise ValueError(f'state.safetensors has {file.stat().st_size:,} bytes, not {meta["bytes"]:,}')
+    if _sha_tree(meta['tree']) != meta['tree_sha256']:
+        raise ValueError('state.json is not what was written (SHA-256 differs)')
+    if meta['nimg'] != int(path.name):
+        raise ValueError(f'it was written as {meta["nimg"]}')
     return meta
+
+
 BROKEN = OSError, ValueError, KeyError, TypeError, RecursionError
-def is_whole(path)->bool:
+
+
+def is_whole(path) -> bool:
     "Is this a complete checkpoint, by structure and sizes? Nothing large is read"
-    try: return _described(Path(path)) is not None
-    except BROKEN: return False
+    try:
+        return _described(Path(path)) is not None
+    except BROKEN:
+        return False
 
 # %% ../../nbs/6_training/01_checkpoint.ipynb #0607ecba
 def numbered(root)->list[Path]: # newest first
@@ -63,59 +86,89 @@ def checkpoints(root)->list[Path]: # newest first
     return [p for p in numbered(root) if is_whole(p)]
 
 # %% ../../nbs/6_training/01_checkpoint.ipynb #b752e18d
-def set_aside(path:Path, say=print):
+def set_aside(path: Path, say=print):
     "Give something that is not ours, but has the name that we need, another name"
     n = 1
-    while os.path.lexists(other := path.with_name(f'{path.name}.not-a-checkpoint-{n}')): n += 1
-    os.rename(path, other); say(f'{path} is no checkpoint of ours; it is now called {other.name}')
+    while os.path.lexists(other := path.with_name(f'{path.name}.not-a-checkpoint-{n}')):
+        n += 1
+    os.rename(path, other)
+    say(f'{path} is no checkpoint of ours; it is now called {other.name}')
+
+
 def save_checkpoint(
-    root, # folder of all checkpoints of a run
-    nimg:int, # images seen, the checkpoint's name
-    tree, # see `split`
-    keep:int=2, # how many to leave
-)->Path:
+    root,  # folder of all checkpoints of a run
+    nimg: int,  # images seen, the checkpoint's name
+    tree,  # see `split`
+    keep: int = 2,  # how many to leave
+) -> Path:
     "Write one checkpoint; raises `CheckpointError` when the disk does not take it, older ones stay"
     from safetensors.torch import save_file
-    root = Path(root); final = root/f'{nimg:012d}'; skeleton, tensors = split(tree)
+
+    root = Path(root)
+    final = root / f'{nimg:012d}'
+    skeleton, tensors = split(tree)
     try:
         clean_up(root)
         with atomic_folder(final) as tmp:
-            file = tmp/'state.safetensors'
+            file = tmp / 'state.safetensors'
             save_file({k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}, file)
-            meta = dict(nimg=nimg, sha256=_sha256(file), bytes=file.stat().st_size, tree_sha256=_sha_tree(skeleton), tree=skeleton)
-            (tmp/'state.json').write_text(json.dumps(meta))
-            if os.path.lexists(final) and not is_whole(final): set_aside(final)
-        for old in checkpoints(root)[keep:]: remove_path(old)
+            meta = dict(
+                nimg=nimg,
+                sha256=_sha256(file),
+                bytes=file.stat().st_size,
+                tree_sha256=_sha_tree(skeleton),
+                tree=skeleton,
+            )
+            (tmp / 'state.json').write_text(json.dumps(meta))
+            if os.path.lexists(final) and not is_whole(final):
+                set_aside(final)
+        for old in checkpoints(root)[keep:]:
+            remove_path(old)
     except Exception as e:
         last = next(iter(checkpoints(root)), 'none')
-        raise CheckpointError(f'could not write a checkpoint in {root} ({e}); free some space; the last good one is {last}') from e
+        raise CheckpointError(
+            f'could not write a checkpoint in {root} ({e}); free some space; the last good one is {last}'
+        ) from e
     return final
 
 # %% ../../nbs/6_training/01_checkpoint.ipynb #eb099720
 def load_checkpoint(path):
     "The tree of one checkpoint; raises `CheckpointError` if it is incomplete or not what was written"
     from safetensors.torch import load_file
+
     path = Path(path)
     try:
         meta = _described(path)
-        if _sha256(path/'state.safetensors') != meta['sha256']: raise ValueError('state.safetensors is not what was written (SHA-256 differs)')
-        return join(meta['tree'], load_file(path/'state.safetensors'))
-    except BROKEN as e: raise CheckpointError(f'checkpoint {path} cannot be used: {e}') from e
-def load_facts(path)->dict:
+        if _sha256(path / 'state.safetensors') != meta['sha256']:
+            raise ValueError('state.safetensors is not what was written (SHA-256 differs)')
+        return join(meta['tree'], load_file(path / 'state.safetensors'))
+    except BROKEN as e:
+        raise CheckpointError(f'checkpoint {path} cannot be used: {e}') from e
+
+
+def load_facts(path) -> dict:
     "The plain values of a checkpoint, without its tensors; raises `CheckpointError` if it is incomplete"
     facts = {}
-    try: pairs = _described(Path(path))['tree']['dict']
-    except BROKEN as e: raise CheckpointError(f'checkpoint {path} cannot be used: {e}') from e
+    try:
+        pairs = _described(Path(path))['tree']['dict']
+    except BROKEN as e:
+        raise CheckpointError(f'checkpoint {path} cannot be used: {e}') from e
     for k, s in pairs:
-        try: facts[k] = join(s, {})
-        except KeyError: pass                                          # it holds a tensor
+        try:
+            facts[k] = join(s, {})
+        except KeyError:
+            pass  # it holds a tensor
     return facts
 
 # %% ../../nbs/6_training/01_checkpoint.ipynb #04b08c56
-def load_latest(root)->tuple[Path, dict]:
-    "Newest checkpoint that can be trusted, with a warning for each newer one that cannot; raises `CheckpointError` if there is none"
-    if Path(root).is_dir(): clean_up(root)
+def load_latest(root) -> tuple[Path, dict]:
+    """Newest checkpoint that can be trusted, with a warning for each newer one that cannot; raises
+    `CheckpointError` if there is none"""
+    if Path(root).is_dir():
+        clean_up(root)
     for path in numbered(root):
-        try: return path, load_checkpoint(path)
-        except CheckpointError as e: warnings.warn(f'{e}; it is left alone, and the one before it is taken')
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointError as e:
+            warnings.warn(f'{e}; it is left alone, and the one before it is taken')
     raise CheckpointError(f'no usable checkpoint in {root}')

@@ -30,253 +30,479 @@ from ..method.optim import make_adam
 
 # %% ../../nbs/6_training/02_distributed.ipynb #1b94480b
 PRECISIONS = {  # name:  autocast,       weights that learn, teacher,        scaler, Adam's eps
-    'fp32':      (None,           torch.float32,  torch.float32,  False, 1e-8),
-    'bf16':      (torch.bfloat16, torch.float32,  torch.bfloat16, False, 1e-8),
-    'fp16':      (torch.float16,  torch.float32,  torch.float16,  True,  1e-8),
-    'pure-bf16': (None,           torch.bfloat16, torch.bfloat16, False, 1e-4),  # eps of SiD-DiT's pure bf16, which also wants lr 1e-5
-    'pure-fp16': (None,           torch.float16,  torch.float16,  False, 1e-6),  # eps of SiD-LSG's fp16
+    'fp32': (None, torch.float32, torch.float32, False, 1e-8),
+    'bf16': (torch.bfloat16, torch.float32, torch.bfloat16, False, 1e-8),
+    'fp16': (torch.float16, torch.float32, torch.float16, True, 1e-8),
+    'pure-bf16': (
+        None,
+        torch.bfloat16,
+        torch.bfloat16,
+        False,
+        1e-4,
+    ),  # eps of SiD-DiT's pure bf16, which also wants lr 1e-5
+    'pure-fp16': (None, torch.float16, torch.float16, False, 1e-6),  # eps of SiD-LSG's fp16
 }
-def precision_of(name:str)->SimpleNamespace: # autocast, weights, teacher: dtypes; scaler: bool; eps: Adam's
+
+
+def precision_of(
+    name: str,
+) -> SimpleNamespace:  # autocast, weights, teacher: dtypes; scaler: bool; eps: Adam's
     "A row of the table; raises `InputError` for an unknown name"
-    if name not in PRECISIONS: raise InputError(f'precision {name!r} is not known; use one of {", ".join(PRECISIONS)}')
+    if name not in PRECISIONS:
+        raise InputError(f'precision {name!r} is not known; use one of {", ".join(PRECISIONS)}')
     return SimpleNamespace(**dict(zip(('autocast', 'weights', 'teacher', 'scaler', 'eps'), PRECISIONS[name])))
-def allow_tf32(on:bool):
+
+
+def allow_tf32(on: bool):
     "Let NVIDIA GPUs round fp32 products to 19 bits (faster); the published runs had it off"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 # %% ../../nbs/6_training/02_distributed.ipynb #4d07e71a
 TORCHRUN = 'torchrun --nproc-per-node N -m sid_lsg_nb.cli distill ...'
-ASKED_ELSEWHERE = { # words of accelerate: what means the same here
-    'ACCELERATE_USE_DEEPSPEED': '--fsdp', 'ACCELERATE_USE_FSDP': '--fsdp', 'ACCELERATE_USE_MEGATRON_LM': '--fsdp',
-    'ACCELERATE_USE_PARALLELISM_CONFIG': '--fsdp', 'ACCELERATE_MIXED_PRECISION': '--mixed-precision',
-    'ACCELERATE_DYNAMO_BACKEND': '--compile', 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS': '--gradient-accumulation-steps',
-    'ACCELERATE_GRADIENT_CLIPPING': '--clip-grad-value', 'ACCELERATE_USE_CPU': '--device cpu', 'ACCELERATE_TORCH_DEVICE': '--device'}
-COUNTS = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE')   # how many processes others started
-FOREIGN = ('ACCELERATE_', 'FSDP_', 'MEGATRON_LM_', 'PARALLELISM_CONFIG_', 'PMI_', 'OMPI_COMM_WORLD_', 'MV2_COMM_WORLD_', 'MPI_LOCAL')
+ASKED_ELSEWHERE = {  # words of accelerate: what means the same here
+    'ACCELERATE_USE_DEEPSPEED': '--fsdp',
+    'ACCELERATE_USE_FSDP': '--fsdp',
+    'ACCELERATE_USE_MEGATRON_LM': '--fsdp',
+    'ACCELERATE_USE_PARALLELISM_CONFIG': '--fsdp',
+    'ACCELERATE_MIXED_PRECISION': '--mixed-precision',
+    'ACCELERATE_DYNAMO_BACKEND': '--compile',
+    'ACCELERATE_GRADIENT_ACCUMULATION_STEPS': '--gradient-accumulation-steps',
+    'ACCELERATE_GRADIENT_CLIPPING': '--clip-grad-value',
+    'ACCELERATE_USE_CPU': '--device cpu',
+    'ACCELERATE_TORCH_DEVICE': '--device',
+}
+COUNTS = (
+    'SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE', 'PMI_SIZE', 'MV2_COMM_WORLD_SIZE',
+)  # how many processes others started
+FOREIGN = (
+    'ACCELERATE_', 'FSDP_', 'MEGATRON_LM_', 'PARALLELISM_CONFIG_', 'PMI_', 'OMPI_COMM_WORLD_', 'MV2_COMM_WORLD_',
+    'MPI_LOCAL',
+)
 PLACE = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
+
+
 @dataclass(frozen=True)
 class Place:
     "What the environment says about this process"
-    rank:int=0
-    world:int=1
-    local:int=0 # rank on this machine
-    notes:tuple[str, ...]=() # what was left by others and is ignored, a line each
-def _number(env:Mapping, word:str)->int:
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0  # rank on this machine
+    notes: tuple[str, ...] = ()  # what was left by others and is ignored, a line each
+
+
+def _number(env: Mapping, word: str) -> int:
     "A word of a launcher as a number; raises `InputError` for another"
     text = env.get(word, '')
-    if text.isdecimal(): return int(text)
-    raise InputError(f'the environment says {word}={text!r}, which is no number; start with {TORCHRUN} or, for one process, unset ' + ' '.join(PLACE))
-def place_of(env:Mapping)->Place: # of words and values, such as `os.environ`
+    if text.isdecimal():
+        return int(text)
+    raise InputError(
+        f'the environment says {word}={text!r}, which is no number; start with {TORCHRUN} or, for one process, unset '
+        + ' '.join(PLACE)
+    )
+
+
+def place_of(env: Mapping) -> Place:  # of words and values, such as `os.environ`
     "Rank and world as torchrun tells them; raises `InputError` for words that cannot be meant"
     world = _number(env, 'WORLD_SIZE') if env.get('WORLD_SIZE') else 1
-    if world <= 1: return Place(notes=(*_alone(env), *_asked(env)))
+    if world <= 1:
+        return Place(notes=(*_alone(env), *_asked(env)))
     if missing := [word for word in PLACE if not env.get(word)]:
-        raise InputError(f'the environment says WORLD_SIZE={world} and nothing of {", ".join(missing)}; start with {TORCHRUN} or, for one process, unset WORLD_SIZE')
+        raise InputError(
+            f'the environment says WORLD_SIZE={world} and nothing of {", ".join(missing)}; start with {TORCHRUN} '
+            f'or, for one process, unset WORLD_SIZE'
+        )
     rank, local, _ = (_number(env, word) for word in ('RANK', 'LOCAL_RANK', 'MASTER_PORT'))
-    if rank >= world: raise InputError(f'the environment says RANK={rank} of WORLD_SIZE={world}; start with {TORCHRUN} or, for one process, unset WORLD_SIZE')
+    if rank >= world:
+        raise InputError(
+            f'the environment says RANK={rank} of WORLD_SIZE={world}; start with {TORCHRUN} or, for one process, '
+            f'unset WORLD_SIZE'
+        )
     return Place(rank, world, local, tuple(_asked(env)))
-def _alone(env:Mapping)->list[str]:
+
+
+def _alone(env: Mapping) -> list[str]:
     "What a single process should know about the words it found"
     many = [f'{word}={env[word]}' for word in COUNTS if env.get(word, '').isdecimal() and int(env[word]) > 1]
-    if many: return [f'{many[0]}: those processes do not know each other, this one makes a whole run by itself; for one run together: {TORCHRUN}']
-    if env.get('RANK', '0') not in ('', '0'): return [f'RANK={env["RANK"]} of a single process (no WORLD_SIZE above 1) is ignored; for several processes: {TORCHRUN}']
+    if many:
+        return [
+            f'{many[0]}: those processes do not know each other, this one makes a whole run by itself; for one run '
+            f'together: {TORCHRUN}'
+        ]
+    if env.get('RANK', '0') not in ('', '0'):
+        return [
+            f'RANK={env["RANK"]} of a single process (no WORLD_SIZE above 1) is ignored; for several processes: '
+            f'{TORCHRUN}'
+        ]
     met = env.get('MASTER_ADDR') and not env.get('WORLD_SIZE')
-    return [f'MASTER_ADDR without WORLD_SIZE: one process was started, as `accelerate launch --cpu` does whatever --num_processes says; for several: {TORCHRUN}'] if met else []
-def _asked(env:Mapping)->list[str]:
+    return (
+        [
+            f'MASTER_ADDR without WORLD_SIZE: one process was started, as `accelerate launch --cpu` does whatever '
+            f'--num_processes says; for several: {TORCHRUN}'
+        ]
+        if met
+        else []
+    )
+
+
+def _asked(env: Mapping) -> list[str]:
     "What accelerate would do for these words"
     off = ('', '0', 'no', 'false')
-    asked = [f'{word}={env[word]} (here: {ours})' for word, ours in ASKED_ELSEWHERE.items() if env.get(word, '').lower() not in off]
+    asked = [
+        f'{word}={env[word]} (here: {ours})'
+        for word, ours in ASKED_ELSEWHERE.items()
+        if env.get(word, '').lower() not in off
+    ]
     asked = [a for a in asked if not a.startswith('ACCELERATE_GRADIENT_ACCUMULATION_STEPS=1 ')]
     return ['ignored in the environment: ' + ', '.join(asked)] if asked else []
-def forget_foreign(env, world:int):
+
+
+def forget_foreign(env, world: int):
     "Take out of an environment what libraries would act upon"
     stale = () if world > 1 else PLACE
-    for word in [w for w in env if w.startswith(FOREIGN) or w in stale]: del env[word]
+    for word in [w for w in env if w.startswith(FOREIGN) or w in stale]:
+        del env[word]
 
 # %% ../../nbs/6_training/02_distributed.ipynb #19dfbfee
-def device_of(device:str, local:int)->torch.device: # as asked for; the rank on this machine
+def device_of(device: str, local: int) -> torch.device:  # as asked for; the rank on this machine
     "The device of one of several processes; raises `InputError` where there is none for it"
     kind = torch.device('cpu') if device == 'auto' and not torch.cuda.is_available() else pick_device(device)
-    if kind.type == 'cpu': return kind
-    if kind.type == 'mps': raise InputError('several processes cannot share --device mps; start one process, or give --device cpu')
+    if kind.type == 'cpu':
+        return kind
+    if kind.type == 'mps':
+        raise InputError(
+            'several processes cannot share --device mps; start one process, or give --device cpu'
+        )
     count = torch.get_device_module(kind.type).device_count()
-    if local >= count: raise InputError(f'process {local + 1} of this machine finds {count} device(s) of kind {kind.type}; start as many processes as there are: torchrun --nproc-per-node {count} ...')
+    if local >= count:
+        raise InputError(
+            f'process {local + 1} of this machine finds {count} device(s) of kind {kind.type}; start as many '
+            f'processes as there are: torchrun --nproc-per-node {count} ...'
+        )
     torch.get_device_module(kind.type).set_device(local)
     return torch.device(kind.type, local)
-def meet(team, patience:float=30.): # seconds until it says whom it waits for
+
+
+def meet(team, patience: float = 30.0):  # seconds until it says whom it waits for
     "Find the other processes"
     where = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
-    say = lambda: print(f'sid-lsg: process {team.rank} of {team.world} has waited {patience:g} s for the others at {where}; if there are none: unset {" ".join(PLACE)}', file=sys.stderr, flush=True)
-    timer = threading.Timer(patience, say); timer.daemon = True; timer.start()
-    try: dist.init_process_group(dict(cuda='nccl', xpu='xccl').get(team.device.type, 'gloo'), rank=team.rank, world_size=team.world)
-    except (dist.DistError, RuntimeError, ValueError) as e: raise InputError(f'process {team.rank} of {team.world} did not find the others at {where} ({str(e).splitlines()[0][:120]}); start with {TORCHRUN} or, for one process, unset ' + ' '.join(PLACE)) from e
-    finally: timer.cancel()
+    say = lambda: print(
+        f'sid-lsg: process {team.rank} of {team.world} has waited {patience:g} s for the others at {where}; if '
+        f'there are none: unset {" ".join(PLACE)}',
+        file=sys.stderr,
+        flush=True)
+    timer = threading.Timer(patience, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        dist.init_process_group(
+            dict(cuda='nccl', xpu='xccl').get(team.device.type, 'gloo'), rank=team.rank, world_size=team.world
+        )
+    except (dist.DistError, RuntimeError, ValueError) as e:
+        raise InputError(
+            f'process {team.rank} of {team.world} did not find the others at {where} '
+            f'({str(e).splitlines()[0][:120]}); start with {TORCHRUN} or, for one process, unset '
+            + ' '.join(PLACE)
+        ) from e
+    finally:
+        timer.cancel()
+
+
 ERRORS = {e.__name__: e for e in (InputError, CheckpointError)}
-def shared_error(told:list, own:Exception|None)->Exception: # by rank: None, or name, words and host; what happened here
+
+
+def shared_error(
+    told: list, own: Exception | None
+) -> Exception:  # by rank: None, or name, words and host; what happened here
     "One error for all processes; its `told` says that every process raises it"
     rank, (kind, words, host) = next((r, t) for r, t in enumerate(told) if t)
-    here = words if all(t and t[:2] == (kind, words) for t in told) else f'rank {rank} on {host}: {words if kind in ERRORS else f"{kind}: {words}"}'
+    here = (
+        words
+        if all(t and t[:2] == (kind, words) for t in told)
+        else f'rank {rank} on {host}: {words if kind in ERRORS else f"{kind}: {words}"}'
+    )
     return _told(ERRORS.get(kind, RuntimeError)(here), own)
-def _told(error:Exception, cause:Exception|None=None)->Exception:
-    error.told = True; error.__cause__ = cause
+
+
+def _told(error: Exception, cause: Exception | None = None) -> Exception:
+    error.told = True
+    error.__cause__ = cause
     return error
+
+
 @contextmanager
-def heard_by_all(device:str='auto'):
-    "An `InputError` inside, before this process has met the others, is raised in all: they come to an `agreed` of `Team` next"
-    try: yield
+def heard_by_all(device: str = 'auto'):
+    """An `InputError` inside, before this process has met the others, is raised in all: they come to an `agreed`
+    of `Team` next"""
+    try:
+        yield
     except InputError as e:
-        if place_of(os.environ).world == 1: raise
+        if place_of(os.environ).world == 1:
+            raise
         error = e
-        def fail(): raise error
+
+        def fail():
+            raise error
+
         Team(device).agreed(fail)
-def said_here(error:Exception, env:Mapping)->str: # '' where another process of this machine says it
+
+
+def said_here(error: Exception, env: Mapping) -> str:  # '' where another process of this machine says it
     "The words for an error that ends this process: what all were told is said once a machine, the rest with its place"
-    if env.get('WORLD_SIZE', '1') in ('', '1') or not env.get('RANK'): return str(error)
-    if getattr(error, 'told', False): return str(error) if env.get('LOCAL_RANK', '0') == '0' else ''
+    if env.get('WORLD_SIZE', '1') in ('', '1') or not env.get('RANK'):
+        return str(error)
+    if getattr(error, 'told', False):
+        return str(error) if env.get('LOCAL_RANK', '0') == '0' else ''
     return f'rank {env.get("RANK", "?")} on {socket.gethostname()}: {error}'
-def versions()->dict[str, str]:
+
+
+def versions() -> dict[str, str]:
     "What has to be the same on all machines of a run"
-    return {'sid-lsg-nb': __version__} | {name: version(name) for name in ('torch', 'diffusers', 'transformers', 'peft')}
+    return {'sid-lsg-nb': __version__} | {
+        name: version(name) for name in ('torch', 'diffusers', 'transformers', 'peft')
+    }
 
 # %% ../../nbs/6_training/02_distributed.ipynb #e13fd0e5
 class Team:
-    "The processes of one run, and this one's place among them; raises `InputError` for an environment that no launcher makes"
-    def __init__(self, device:str='auto'): # auto, cpu, cuda, cuda:1, mps; with several processes each takes the GPU of its rank
+    """The processes of one run, and this one's place among them; raises `InputError` for an environment that no
+    launcher makes"""
+
+    def __init__(
+        self, device: str = 'auto'
+    ):  # auto, cpu, cuda, cuda:1, mps; with several processes each takes the GPU of its rank
         place = place_of(os.environ)
         self.rank, self.world, self.main, self.notes = place.rank, place.world, place.rank == 0, place.notes
         forget_foreign(os.environ, self.world)
         self.device = pick_device(device) if self.world == 1 else device_of(device, place.local)
-        if self.world > 1 and not dist.is_initialized(): meet(self)
+        if self.world > 1 and not dist.is_initialized():
+            meet(self)
         self.channel = dist.new_group(backend='gloo') if self.world > 1 else None
+
     @property
-    def shard(self)->tuple[int, int]: return self.rank, self.world
+    def shard(self) -> tuple[int, int]:
+        return self.rank, self.world
+
     def wait(self):
         "Until all are here"
-        if self.channel: dist.barrier(group=self.channel)
-    def any(self, flag:bool)->bool:
+        if self.channel:
+            dist.barrier(group=self.channel)
+
+    def any(self, flag: bool) -> bool:
         "True in all if it is true in one"
-        if not self.channel: return flag
+        if not self.channel:
+            return flag
         dist.all_reduce(t := torch.tensor(int(flag)), op=dist.ReduceOp.MAX, group=self.channel)
         return bool(t)
-    def all_say(self, value)->list:
+
+    def all_say(self, value) -> list:
         "What each process has to say, in all, by rank"
-        if not self.channel: return [value]
-        dist.all_gather_object(said := [None]*self.world, value, group=self.channel)
+        if not self.channel:
+            return [value]
+        dist.all_gather_object(said := [None] * self.world, value, group=self.channel)
         return said
+
     def tell(self, value):
         "What the first process has to say, in all"
-        if self.channel: dist.broadcast_object_list(box := [value], src=0, group=self.channel); return box[0]
+        if self.channel:
+            dist.broadcast_object_list(box := [value], src=0, group=self.channel)
+            return box[0]
         return value
+
     def send(self, tree):
         "A tree of tensors and plain values that the first process has, in all, one tensor at a time"
-        if not self.channel: return tree
+        if not self.channel:
+            return tree
         skeleton, tensors = split(tree) if self.main else (None, {})
         skeleton, shapes = self.tell((skeleton, {k: (t.shape, t.dtype) for k, t in tensors.items()}))
         for k, (shape, dtype) in shapes.items():
             tensors[k] = tensors[k].cpu().contiguous() if self.main else torch.empty(shape, dtype=dtype)
-            dist.broadcast(tensors[k].view(-1).view(torch.uint8) if tensors[k].numel() else tensors[k], src=0, group=self.channel)
+            dist.broadcast(
+                tensors[k].view(-1).view(torch.uint8) if tensors[k].numel() else tensors[k], src=0,
+                group=self.channel)
         return join(skeleton, tensors)
+
     def first(self, work):
         "Let the first process do something, and tell all: what came out, or what went wrong"
         return self.tell(self.agreed(work if self.main else lambda: None))
+
     def agreed(self, work):
-        "What `work()` returns here; if it raises in one process it raises in all, with the same words and where it was"
+        """What `work()` returns here; if it raises in one process it raises in all, with the same words and where
+        it was"""
         result = error = None
-        try: result = work()
+        try:
+            result = work()
         except Exception as e:
-            if not self.channel: raise
+            if not self.channel:
+                raise
             error = e
         told = self.all_say(error and (type(error).__name__, str(error), socket.gethostname()))
-        if any(told): self.wait(); raise shared_error(told, error)
+        if any(told):
+            self.wait()
+            raise shared_error(told, error)
         return result
-    def same(self, facts:dict[str, str]):
+
+    def same(self, facts: dict[str, str]):
         "Raise `InputError` in all if a fact is another one in some process"
-        told = self.all_say((facts, socket.gethostname())); (first, home), *others = told
+        told = self.all_say((facts, socket.gethostname()))
+        (first, home), *others = told
         for rank, (theirs, host) in enumerate(others, 1):
             for what in (k for k in first if first[k] != theirs[k]):
-                self.wait(); raise _told(InputError(f'{what} is not the same for all processes: {first[what]} for rank 0 on {home}, {theirs[what]} for rank {rank} on {host}; give all the same'))
-    def mean(self, values:dict[str, float])->dict[str, float]:
+                self.wait()
+                raise _told(
+                    InputError(
+                        f'{what} is not the same for all processes: {first[what]} for rank 0 on {home}, '
+                        f'{theirs[what]} for rank {rank} on {host}; give all the same'
+                    )
+                )
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
         "The average of each number over the processes"
-        if not self.channel: return values
+        if not self.channel:
+            return values
         dist.all_reduce(t := torch.tensor(list(values.values()), dtype=torch.float64), group=self.channel)
-        return dict(zip(values, (t/self.world).tolist()))
+        return dict(zip(values, (t / self.world).tolist()))
+
     def leave(self):
         "Meet, then end: a process that goes while others still talk to it makes them fail"
-        if self.channel: self.wait(); dist.destroy_process_group()
+        if self.channel:
+            self.wait()
+            dist.destroy_process_group()
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2f4a19b8
 def divide(
-    total_batch_size:int, # images per step, of all processes together; 0: whatever comes out of the others
-    micro_batch:int|None, # at most so many at once in one process; None: whatever comes out
-    gradient_accumulation_steps:int|None, # micro-batches per step and process; None: whatever comes out
-    world:int, # processes
-)->tuple[int, int, int]: # total_batch_size, micro_batch, gradient_accumulation_steps
-    "total_batch_size = micro_batch x gradient_accumulation_steps x world, the missing ones derived; raises `InputError` if that cannot be"
+    total_batch_size: int,  # images per step, of all processes together; 0: whatever comes out of the others
+    micro_batch: int | None,  # at most so many at once in one process; None: whatever comes out
+    gradient_accumulation_steps: int | None,  # micro-batches per step and process; None: whatever comes out
+    world: int,  # processes
+) -> tuple[int, int, int]:  # total_batch_size, micro_batch, gradient_accumulation_steps
+    """total_batch_size = micro_batch x gradient_accumulation_steps x world, the missing ones derived; raises
+    `InputError` if that cannot be"""
     batch, micro, rounds = total_batch_size, micro_batch, gradient_accumulation_steps
     if not batch:
-        if not micro: raise InputError('--total-batch-size 0 is derived from --micro-batch (and --gradient-accumulation-steps); give --micro-batch')
-        return micro*(rounds or 1)*world, micro, rounds or 1
-    if batch % world: raise InputError(f'total_batch_size {batch} does not divide among {world} processes; give a multiple of {world}, such as {max(world, batch//world*world)}')
-    share = batch//world
-    if rounds and micro and rounds*micro != share: raise InputError(f'micro_batch {micro} x gradient_accumulation_steps {rounds} x {world} process(es) is {micro*rounds*world}, not total_batch_size {batch}; leave one of the three away, or give --total-batch-size {micro*rounds*world}')
-    if rounds and share % rounds: raise InputError(f'total_batch_size {batch} is {share} per process, which gradient_accumulation_steps {rounds} does not divide; give --gradient-accumulation-steps {max(d for d in range(1, rounds + 1) if share % d == 0)}')
-    micro = micro or share//(rounds or 1)
-    if share % micro: raise InputError(f'total_batch_size {batch} is {share} per process, which micro_batch {micro} does not divide; give --micro-batch {max(d for d in range(1, micro + 1) if share % d == 0)}, or --total-batch-size {max(1, share//micro)*micro*world}')
-    return batch, micro, share//micro
+        if not micro:
+            raise InputError('--total-batch-size 0 is derived from --micro-batch; give --micro-batch')
+        return micro * (rounds or 1) * world, micro, rounds or 1
+    if batch % world:
+        raise InputError(
+            f'total_batch_size {batch} does not divide among {world} processes; give a multiple of {world}, such '
+            f'as {max(world, batch // world * world)}'
+        )
+    share = batch // world
+    if rounds and micro and rounds * micro != share:
+        raise InputError(
+            f'micro_batch {micro} x gradient_accumulation_steps {rounds} x {world} process(es) is '
+            f'{micro * rounds * world}, not total_batch_size {batch}; leave one of the three away, or give '
+            f'--total-batch-size {micro * rounds * world}'
+        )
+    if rounds and share % rounds:
+        raise InputError(
+            f'total_batch_size {batch} is {share} per process, which gradient_accumulation_steps {rounds} does not '
+            f'divide; give --gradient-accumulation-steps {max(d for d in range(1, rounds + 1) if share % d == 0)}'
+        )
+    micro = micro or share // (rounds or 1)
+    if share % micro:
+        raise InputError(
+            f'total_batch_size {batch} is {share} per process, which micro_batch {micro} does not divide; give '
+            f'--micro-batch {max(d for d in range(1, micro + 1) if share % d == 0)}, or --total-batch-size '
+            f'{max(1, share // micro) * micro * world}'
+        )
+    return batch, micro, share // micro
 
 # %% ../../nbs/6_training/02_distributed.ipynb #504c1c37
-def copies(team:Team, net:Denoiser)->dict: # train, sync: for a `Learner`
+def copies(team: Team, net: Denoiser) -> dict:  # train, sync: for a `Learner`
     "Let the processes of a team train copies of a network"
-    if team.world == 1: return {}
+    if team.world == 1:
+        return {}
     net.to(team.device)
-    wrapped = DistributedDataParallel(net.net, device_ids=None if team.device.type == 'cpu' else [team.device.index], gradient_as_bucket_view=True, broadcast_buffers=False)
+    wrapped = DistributedDataParallel(
+        net.net,
+        device_ids=None if team.device.type == 'cpu' else [team.device.index],
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+    )
+
     @contextmanager
     def sync(last):
-        if last: yield
+        if last:
+            yield
         else:
-            with wrapped.no_sync(): yield
+            with wrapped.no_sync():
+                yield
+
     return dict(train=net.with_net(wrapped), sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2fc73db2
-def slices(team:Team, net:Denoiser)->dict: # sync: for a `Learner`
+def slices(team: Team, net: Denoiser) -> dict:  # sync: for a `Learner`
     "Cut a network's weights into one slice per process, in place; a team of one can do it too"
-    if not dist.is_initialized() and 'TORCHELASTIC_RUN_ID' in os.environ: dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)   # one process, started by torchrun
-    if not dist.is_initialized(): raise InputError(f'--fsdp needs processes; start with {TORCHRUN}')
+    if not dist.is_initialized() and 'TORCHELASTIC_RUN_ID' in os.environ:
+        dist.init_process_group(
+            store=dist.HashStore(), rank=0, world_size=1
+        )  # one process, started by torchrun
+    if not dist.is_initialized():
+        raise InputError(f'--fsdp needs processes; start with {TORCHRUN}')
     mesh = init_device_mesh(team.device.type, (team.world,))
     blocks = [block for child in net.net.children() if isinstance(child, nn.ModuleList) for block in child]
-    for module in (*blocks, net.net): fully_shard(module, mesh=mesh, reshard_after_forward=True)     # at rest everything is slices
+    for module in (*blocks, net.net):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)  # at rest everything is slices
+
     @contextmanager
-    def sync(last): net.net.set_requires_gradient_sync(last); yield
+    def sync(last):
+        net.net.set_requires_gradient_sync(last)
+        yield
+
     return dict(sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #a90b5aff
 def whole(tree):
     "The same tree of dicts, lists and tensors, with sliced tensors put together; all processes must call it"
-    if isinstance(tree, DTensor): return tree.full_tensor()
-    if isinstance(tree, dict): return {k: whole(v) for k, v in tree.items()}
+    if isinstance(tree, DTensor):
+        return tree.full_tensor()
+    if isinstance(tree, dict):
+        return {k: whole(v) for k, v in tree.items()}
     return type(tree)(map(whole, tree)) if isinstance(tree, (list, tuple)) else tree
+
+
 def cut_like(tree, model):
     "The same tree with every tensor sliced as its counterpart in `model` is"
-    if isinstance(model, DTensor): return distribute_tensor(tree.to(model.device), model.device_mesh, model.placements, src_data_rank=None)
-    if isinstance(tree, dict): return {k: cut_like(v, model[k]) for k, v in tree.items()}
+    if isinstance(model, DTensor):
+        return distribute_tensor(
+            tree.to(model.device), model.device_mesh, model.placements, src_data_rank=None
+        )
+    if isinstance(tree, dict):
+        return {k: cut_like(v, model[k]) for k, v in tree.items()}
     return type(tree)(map(cut_like, tree, model)) if isinstance(tree, (list, tuple)) else tree
 
 # %% ../../nbs/6_training/02_distributed.ipynb #d1f5fe59
-SCALE = 2.**8                      # of the loss under fp16, at the start; doubled after every 2,000 good steps, halved after a bad one
+SCALE = (
+    2.0**8
+)  # of the loss under fp16, at the start; doubled after every 2,000 good steps, halved after a bad one
+
+
 def make_learner(
-    team:Team,
-    net:Denoiser, # will learn, all of it or what is not frozen; its weights are cast, and cut if `shard`
-    lr:float,
-    precision:str='fp32', # a name in `PRECISIONS`
-    shard:bool=False, # slices instead of copies
-    clip:float|None=None, # see `Learner`
-    eps:float|None=None, # Adam's; None: the precision's
-    use_8bit_adam:bool=False, # its states in 8 bits
-)->Learner:
+    team: Team,
+    net: Denoiser,  # will learn, all of it or what is not frozen; its weights are cast, and cut if `shard`
+    lr: float,
+    precision: str = 'fp32',  # a name in `PRECISIONS`
+    shard: bool = False,  # slices instead of copies
+    clip: float | None = None,  # see `Learner`
+    eps: float | None = None,  # Adam's; None: the precision's
+    use_8bit_adam: bool = False,  # its states in 8 bits
+) -> Learner:
     "A network ready to learn on this team"
-    p = precision_of(precision); net.autocast = p.autocast
-    if not any(q.requires_grad for q in net.parameters()): net.requires_grad_(True)               # a LoRA that was switched off; what `copy` froze stays frozen
-    if next(net.parameters()).dtype != torch.float64: net.to(p.weights)                       # double precision stays, for comparisons
+    p = precision_of(precision)
+    net.autocast = p.autocast
+    if not any(q.requires_grad for q in net.parameters()):
+        net.requires_grad_(True)  # a LoRA that was switched off; what `copy` froze stays frozen
+    if next(net.parameters()).dtype != torch.float64:
+        net.to(p.weights)  # double precision stays, for comparisons
     together = (slices if shard else copies)(team, net)
-    optimizer = make_adam([q for q in net.parameters() if q.requires_grad], lr=lr, eps=eps or p.eps, use_8bit_adam=use_8bit_adam)
-    return Learner(net, optimizer, scaler=torch.amp.GradScaler(team.device.type, init_scale=SCALE) if p.scaler else None, clip=clip, **together)
+    optimizer = make_adam(
+        [q for q in net.parameters() if q.requires_grad], lr=lr, eps=eps or p.eps, use_8bit_adam=use_8bit_adam
+    )
+    return Learner(
+        net,
+        optimizer,
+        scaler=torch.amp.GradScaler(team.device.type, init_scale=SCALE) if p.scaler else None,
+        clip=clip,
+        **together,
+    )

@@ -20,103 +20,186 @@ from ..method.sequential import SavedTensorMemory
 from .distributed import precision_of
 
 # %% ../../nbs/6_training/03_memory.ipynb #050d9516
-LORA_TARGETS = ('to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2', 'conv_shortcut', 'downsamplers.0.conv', 'upsamplers.0.conv', 'time_emb_proj', # U-Nets, PixArt
-    'add_q_proj', 'add_k_proj', 'add_v_proj', 'to_add_out', 'ff_context.net.0.proj', 'ff_context.net.2', 'conv_inverted', 'conv_point') # SD3, SANA
+LORA_TARGETS = (
+    'to_q', 'to_k', 'to_v', 'to_out.0', 'proj_in', 'proj_out', 'ff.net.0.proj', 'ff.net.2', 'conv1', 'conv2',
+    'conv_shortcut', 'downsamplers.0.conv', 'upsamplers.0.conv',
+    'time_emb_proj',  # U-Nets, PixArt
+    'add_q_proj',
+    'add_k_proj',
+    'add_v_proj',
+    'to_add_out',
+    'ff_context.net.0.proj',
+    'ff_context.net.2',
+    'conv_inverted',
+    'conv_point')  # SD3, SANA
+
+
 class Lent(nn.Module):
     "A network shared by several adapters, seen as one of them; '' is the network alone"
-    def __init__(self, base:nn.Module, adapter:str='', rank:int=64): # adapter is made unless the base has it
+
+    def __init__(
+        self, base: nn.Module, adapter: str = '', rank: int = 64
+    ):  # adapter is made unless the base has it
         super().__init__()
-        self.adapter, self.rank, self._shared = adapter, rank, (base,)                     # in a tuple: not this module's own
-        if adapter and adapter not in getattr(base, 'peft_config', {}): inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights='gaussian', target_modules=list(LORA_TARGETS)), base, adapter)
-        self.own = nn.ParameterList(p for name, p in base.named_parameters() if adapter and f'.{adapter}.' in name)
+        self.adapter, self.rank, self._shared = adapter, rank, (base,)  # in a tuple: not this module's own
+        if adapter and adapter not in getattr(base, 'peft_config', {}):
+            inject_adapter_in_model(
+                LoraConfig(
+                    r=rank, lora_alpha=rank, init_lora_weights='gaussian', target_modules=list(LORA_TARGETS)
+                ),
+                base,
+                adapter)
+        self.own = nn.ParameterList(
+            p for name, p in base.named_parameters() if adapter and f'.{adapter}.' in name
+        )
+
     @property
-    def base(self)->nn.Module: return self._shared[0]
+    def base(self) -> nn.Module:
+        return self._shared[0]
+
     @property
-    def config(self): return self.base.config
+    def config(self):
+        return self.base.config
+
     def switch(self):
         "Make the shared network this one; which weights take gradients stays as it is"
         layers = [m for m in self.base.modules() if isinstance(m, BaseTunerLayer)]
         wanted = [(p, p.requires_grad) for m in layers for p in m.parameters()]
-        for m in layers: m.enable_adapters(bool(self.adapter)); m.set_adapter(self.adapter) if self.adapter else None
-        for p, on in wanted: p.requires_grad_(on)
+        for m in layers:
+            m.enable_adapters(bool(self.adapter))
+            m.set_adapter(self.adapter) if self.adapter else None
+        for p, on in wanted:
+            p.requires_grad_(on)
+
     def forward(self, *args, **kwargs):
         self.switch()
         return self.base(*args, **kwargs)
-    def __deepcopy__(self, memo): # a copy lives in the same network
+
+    def __deepcopy__(self, memo):  # a copy lives in the same network
         new = Lent(self.base, f'{self.adapter}-ema' if self.adapter else '', self.rank)
-        for p, q in zip(new.own, self.own): p.data.copy_(q.data)
+        for p, q in zip(new.own, self.own):
+            p.data.copy_(q.data)
         return new
-    def enable_gradient_checkpointing(self): self.base.enable_gradient_checkpointing()
+
+    def enable_gradient_checkpointing(self):
+        self.base.enable_gradient_checkpointing()
 
 # %% ../../nbs/6_training/03_memory.ipynb #d0489797
-def plain_copy(net:Denoiser)->Denoiser: # on the CPU, float32
+def plain_copy(net: Denoiser) -> Denoiser:  # on the CPU, float32
     "A network of its own with ordinary weights: an adapter is folded in"
-    if not isinstance(net.net, Lent): return net.with_net(copy.deepcopy(net.net).to('cpu', torch.promote_types(next(net.parameters()).dtype, torch.float32)))
-    alone = copy.deepcopy(net.net.base).to('cpu', torch.promote_types(next(net.net.base.parameters()).dtype, torch.float32))
+    if not isinstance(net.net, Lent):
+        return net.with_net(
+            copy.deepcopy(net.net).to('cpu', torch.promote_types(next(net.parameters()).dtype, torch.float32))
+        )
+    alone = copy.deepcopy(net.net.base).to(
+        'cpu', torch.promote_types(next(net.net.base.parameters()).dtype, torch.float32)
+    )
     for name, layer in [(k, m) for k, m in alone.named_modules() if isinstance(m, BaseTunerLayer)]:
-        if net.net.adapter: layer.merge(adapter_names=[net.net.adapter])
+        if net.net.adapter:
+            layer.merge(adapter_names=[net.net.adapter])
         alone.set_submodule(name, layer.get_base_layer())
-    if hasattr(alone, 'peft_config'): del alone.peft_config
+    if hasattr(alone, 'peft_config'):
+        del alone.peft_config
     return net.with_net(alone)
 
 # %% ../../nbs/6_training/03_memory.ipynb #a0a23d0a
 SHAPES = {  # published configs: the UNet's, and weights of text encoder and VAE in millions
     'sd15': (dict(sample_size=64, cross_attention_dim=768, attention_head_dim=8), 123.1, 83.7),
-    'sd21-base': (dict(sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True), 340.4, 83.7),
-}
-def meta_unet(config:dict)->UNet2DConditionModel:
+    'sd21-base': (
+        dict(
+            sample_size=64, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20),
+            use_linear_projection=True),
+        340.4,
+        83.7)}
+
+
+def meta_unet(config: dict) -> UNet2DConditionModel:
     "A UNet of shapes without numbers"
-    with torch.device('meta'): return UNet2DConditionModel.from_config(config)
-def size(tensors)->int:
+    with torch.device('meta'):
+        return UNet2DConditionModel.from_config(config)
+
+
+def size(tensors) -> int:
     "Bytes of some tensors"
-    return sum(t.numel()*t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 @cache
-def _activations(config:str, checkpointing:bool, learns:bool)->int:
+def _activations(config: str, checkpointing: bool, learns: bool) -> int:
     with FakeTensorMode():
-        unet = UNet2DConditionModel.from_config(json.loads(config)).requires_grad_(learns); c = unet.config
-        if checkpointing: unet.enable_gradient_checkpointing()
-        side, kept = (c.sample_size,)*2 if isinstance(c.sample_size, int) else tuple(c.sample_size), SavedTensorMemory(unet)
-        x, text = torch.empty(1, c.in_channels, *side, requires_grad=True), torch.empty(1, 77, c.cross_attention_dim)
-        with kept: unet(x, torch.ones(1, dtype=torch.long), text).sample.sum().backward()
+        unet = UNet2DConditionModel.from_config(json.loads(config)).requires_grad_(learns)
+        c = unet.config
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        side, kept = (
+            (c.sample_size,) * 2 if isinstance(c.sample_size, int) else tuple(c.sample_size),
+            SavedTensorMemory(unet))
+        x, text = (
+            torch.empty(1, c.in_channels, *side, requires_grad=True), torch.empty(1, 77, c.cross_attention_dim))
+        with kept:
+            unet(x, torch.ones(1, dtype=torch.long), text).sample.sum().backward()
     return kept.peak
+
+
 def activations(
-    unet:UNet2DConditionModel, # its config is what counts
-    checkpointing:bool=False,
-    learns:bool=True, # False: frozen, gradient through it only
-)->int:
+    unet: UNet2DConditionModel,  # its config is what counts
+    checkpointing: bool = False,
+    learns: bool = True,  # False: frozen, gradient through it only
+) -> int:
     "Bytes that autograd keeps at the worst moment of one forward and backward of one picture, in fp32"
-    return _activations(json.dumps({k: v for k, v in unet.config.items() if k[0] != '_'}), checkpointing, learns)
+    return _activations(
+        json.dumps({k: v for k, v in unet.config.items() if k[0] != '_'}), checkpointing, learns
+    )
 
 # %% ../../nbs/6_training/03_memory.ipynb #0c113419
 def budget(
-    unet:UNet2DConditionModel, # on meta
-    text:float, vae:float, # weights of text encoder and VAE, in millions
+    unet: UNet2DConditionModel,  # on meta
+    text: float,
+    vae: float,  # weights of text encoder and VAE, in millions
     *,
-    micro_batch:int=1, # pictures at once
-    precision:str='fp32', # see `PRECISIONS`
-    guided:bool=True, # some kappa is not 1
-    sequential_gradient:bool=False, gradient_checkpointing:bool=False,
-    lora:str='none', lora_rank:int=64, # 'fake', 'generator' or 'both' share the teacher's weights
-    offload:tuple=('vae',), # what waits on the CPU costs nothing here: vae, ema
-    use_8bit_adam:bool=False,
-)->dict[str, int]: # bytes by component, on the GPU
+    micro_batch: int = 1,  # pictures at once
+    precision: str = 'fp32',  # see `PRECISIONS`
+    guided: bool = True,  # some kappa is not 1
+    sequential_gradient: bool = False,
+    gradient_checkpointing: bool = False,
+    lora: str = 'none',
+    lora_rank: int = 64,  # 'fake', 'generator' or 'both' share the teacher's weights
+    offload: tuple = ('vae',),  # what waits on the CPU costs nothing here: vae, ema
+    use_8bit_adam: bool = False) -> dict[str, int]:  # bytes by component, on the GPU
     "What a run holds at its worst moment, counted from shapes"
-    p = precision_of(precision); width = lambda dtype: torch.empty(0, dtype=dtype).element_size()
-    n, thin, two = sum(q.numel() for q in unet.parameters()), lora_size(unet, lora_rank) if lora != 'none' else 0, 1 + guided
+    p = precision_of(precision)
+    width = lambda dtype: torch.empty(0, dtype=dtype).element_size()
+    n, thin, two = (
+        sum(q.numel() for q in unet.parameters()), lora_size(unet, lora_rank) if lora != 'none' else 0, 1 + guided)
     learning = {k: thin if lora in (k, 'both') else n for k in ('fake', 'generator')}
-    out = {'teacher': n*width(p.teacher), 'text encoder': int(text*4e6), 'VAE': 0 if 'vae' in offload else int(vae*4e6)}
-    for k, m in learning.items(): out |= {k: m*width(p.weights), f"{k}'s second moments": m*(2 if use_8bit_adam else width(p.weights))}
-    out["gradient, one network's"] = max(learning.values())*width(p.weights)
-    out['EMA'] = 0 if 'ema' in offload else learning['generator']*4
+    out = {
+        'teacher': n * width(p.teacher), 'text encoder': int(text * 4e6),
+        'VAE': 0 if 'vae' in offload else int(vae * 4e6)}
+    for k, m in learning.items():
+        out |= {
+            k: m * width(p.weights), f"{k}'s second moments": m * (2 if use_8bit_adam else width(p.weights))}
+    out["gradient, one network's"] = max(learning.values()) * width(p.weights)
+    out['EMA'] = 0 if 'ema' in offload else learning['generator'] * 4
     low = p.autocast or p.weights
-    held = lambda pictures, dtype, learns: pictures*activations(unet, gradient_checkpointing, learns)*width(dtype)//4
-    acts = dict(generator=held(micro_batch, low, True), teacher=held(two*micro_batch, p.teacher, False), fake=held(two*micro_batch, low, True))
-    if p.autocast and not gradient_checkpointing: acts |= {k: v + n*width(low) for k, v in acts.items() if k != 'teacher'}   # autograd keeps the 16-bit weights as well
+    kept = lambda learns: activations(unet, gradient_checkpointing, learns)
+    held = lambda pictures, dtype, learns: pictures * kept(learns) * width(dtype) // 4
+    acts = dict(
+        generator=held(micro_batch, low, True), teacher=held(two * micro_batch, p.teacher, False),
+        fake=held(two * micro_batch, low, True))
+    if p.autocast and not gradient_checkpointing:
+        # autograd keeps the 16-bit weights as well
+        acts |= {k: v + n * width(low) for k, v in acts.items() if k != 'teacher'}
     out['activations'] = max(acts.values()) if sequential_gradient else sum(acts.values())
     return out
-def lora_size(unet:UNet2DConditionModel, rank:int)->int:
+
+
+def lora_size(unet: UNet2DConditionModel, rank: int) -> int:
     "Weights of one adapter"
     return sum(q.numel() for q in Lent(copy.deepcopy(unet), 'count', rank).own)
-def print_budget(title:str, parts:dict[str, int]):
+
+
+def print_budget(title: str, parts: dict[str, int]):
     "One line per component, in GiB"
-    print(title, *(f'  {k:<28} {v/2**30:6.2f} GiB' for k, v in parts.items()), f'  {"sum":<28} {sum(parts.values())/2**30:6.2f} GiB', sep='\n')
+    print(
+        title, *(f'  {k:<28} {v / 2**30:6.2f} GiB' for k, v in parts.items()),
+        f'  {"sum":<28} {sum(parts.values()) / 2**30:6.2f} GiB', sep='\n')

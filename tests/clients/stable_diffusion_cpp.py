@@ -4,6 +4,7 @@
 
 Not part of CI: the first call builds the program from its package `stable-diffusion-cpp-python` in FOLDER/venv (about ten minutes on two cores;
 PYTHON is an interpreter that has it already) and needs 10 GB of memory. What was taken and dropped is written to FOLDER/stable_diffusion_cpp.json."""
+
 import argparse, json, os, platform, re, subprocess, sys, venv
 from datetime import date
 from pathlib import Path
@@ -22,53 +23,77 @@ picture, = sd.generate_image(prompt=prompt, width=64, height=64, seed=1, cfg_sca
 picture.save(out)
 """
 
-def build(folder:Path)->Path: # its interpreter
+def build(folder: Path) -> Path:  # its interpreter
     "The program in an environment of its own"
-    venv.create(folder/'venv', with_pip=True)
-    python, env = folder/'venv/bin/python', dict(os.environ, CMAKE_BUILD_PARALLEL_LEVEL='2')
-    for packages in (['scikit-build-core', 'cmake', 'ninja', 'numpy', 'pillow', 'typing-extensions'], ['--no-build-isolation', f'stable-diffusion-cpp-python=={VERSION}']):
+    venv.create(folder / 'venv', with_pip=True)
+    python, env = folder / 'venv/bin/python', dict(os.environ, CMAKE_BUILD_PARALLEL_LEVEL='2')
+    for packages in (
+        ['scikit-build-core', 'cmake', 'ninja', 'numpy', 'pillow', 'typing-extensions'],
+        ['--no-build-isolation', f'stable-diffusion-cpp-python=={VERSION}'],
+    ):
         subprocess.run([python, '-m', 'pip', 'install', '-q', *packages], env=env, check=True)
     return python
 
-def make(folder:Path)->dict: # counts of tensors
+def make(folder: Path) -> dict:  # counts of tensors
     "NAME.safetensors and a random LoRA of every layer, as the exports write them"
     torch.manual_seed(0)
     teacher = random_teacher('random-sd15', 'cpu')
     unet = teacher.denoiser.net
     state = {}
     for name, m in unet.named_modules():
-        if not isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)): continue
+        if not isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
+            continue
         out, inner, *kernel = m.weight.shape
-        state[f'{name}.lora_A.weight'] = torch.randn(RANK, inner, *kernel, dtype=torch.float16)/100
-        state[f'{name}.lora_B.weight'] = torch.randn(out, RANK, *[1]*len(kernel), dtype=torch.float16)/100
-    (folder/'lora').mkdir(exist_ok=True)
-    write_whole(kohya_names(state), folder/'lora/student.safetensors')
-    save_student(teacher, teacher.denoiser, folder/'student', T_INIT)
-    single_file(folder/'student', folder/'student.safetensors', torch.float16)
-    return dict(lora_layers=len(state)//2, lora_tensors=len(kohya_names(state)))
+        state[f'{name}.lora_A.weight'] = torch.randn(RANK, inner, *kernel, dtype=torch.float16) / 100
+        state[f'{name}.lora_B.weight'] = torch.randn(out, RANK, *[1] * len(kernel), dtype=torch.float16) / 100
+    (folder / 'lora').mkdir(exist_ok=True)
+    write_whole(kohya_names(state), folder / 'lora/student.safetensors')
+    save_student(teacher, teacher.denoiser, folder / 'student', T_INIT)
+    single_file(folder / 'student', folder / 'student.safetensors', torch.float16)
+    return dict(lora_layers=len(state) // 2, lora_tensors=len(kohya_names(state)))
 
-def draw(python, folder:Path, prompt:str, out:str)->str: # what the program said
+def draw(python, folder: Path, prompt: str, out: str) -> str:  # what the program said
     "One picture in one step"
-    args = [python, '-c', DRAW, folder/'student.safetensors', folder/'lora', prompt, folder/out]
+    args = [python, '-c', DRAW, folder / 'student.safetensors', folder / 'lora', prompt, folder / out]
     done = subprocess.run([*map(str, args)], capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    (folder/f'{out}.txt').write_text(done.stdout + done.stderr)
-    if done.returncode: sys.exit(f'{out} was not drawn; the end of what was said:\n{(done.stdout + done.stderr)[-3000:]}')
+    (folder / f'{out}.txt').write_text(done.stdout + done.stderr)
+    if done.returncode:
+        sys.exit(f'{out} was not drawn; the end of what was said:\n{(done.stdout + done.stderr)[-3000:]}')
     return done.stdout + done.stderr
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('folder', type=Path)
     parser.add_argument('--python', type=Path)
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     python, made = args.python or build(args.folder), make(args.folder)
-    plain, changed = draw(python, args.folder, 'a cat', 'plain.png'), draw(python, args.folder, '<lora:student:1> a cat', 'lora.png')
+    plain, changed = (
+        draw(python, args.folder, 'a cat', 'plain.png'),
+        draw(python, args.folder, '<lora:student:1> a cat', 'lora.png'),
+    )
     applied = re.findall(r'\((\d+) */ *(\d+)\) LoRA tensors', changed)
-    report = dict(program=f'stable-diffusion-cpp-python {VERSION}', call="sigmas='2.5017,0.0', cfg_scale=1.0, sample_method='euler'", **made,
-                  lora_applied=[[int(a), int(b)] for a, b in applied],
-                  unused=sorted({l.strip() for l in (plain + changed).splitlines() if re.search(r'unused|unknown tensor|not in model|missing', l)}),
-                  pictures_differ=(args.folder/'plain.png').read_bytes() != (args.folder/'lora.png').read_bytes(), machine=f'{platform.system()} {platform.machine()}', date=f'{date.today()}')
-    (args.folder/'stable_diffusion_cpp.json').write_text(json.dumps(report, indent=1) + '\n')
+    report = dict(
+        program=f'stable-diffusion-cpp-python {VERSION}',
+        call="sigmas='2.5017,0.0', cfg_scale=1.0, sample_method='euler'",
+        **made,
+        lora_applied=[[int(a), int(b)] for a, b in applied],
+        unused=sorted(
+            {
+                l.strip()
+                for l in (plain + changed).splitlines()
+                if re.search(r'unused|unknown tensor|not in model|missing', l)
+            }
+        ),
+        pictures_differ=(args.folder / 'plain.png').read_bytes() != (args.folder / 'lora.png').read_bytes(),
+        machine=f'{platform.system()} {platform.machine()}',
+        date=f'{date.today()}',
+    )
+    (args.folder / 'stable_diffusion_cpp.json').write_text(json.dumps(report, indent=1) + '\n')
     print(json.dumps(report, indent=1))
 
-if __name__ == '__main__': main()
+
+if __name__ == '__main__':
+    main()
