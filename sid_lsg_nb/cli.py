@@ -29,69 +29,131 @@ def free_folder(root:str)->Path:
     return folder
 
 # %% ../nbs/7_commands/08_cli.ipynb #c8881af7
-def find_run_config(student:str)->Config:
+def find_run_config(student: str) -> Config:
     "The settings of the run that a generator belongs to; those of no run where there is none"
-    path = Path(student).expanduser(); run = path.parent if path.name == 'generator' else path
-    try: return saved_config(run)
-    except (InputError, ValueError, TypeError): return Config(teacher='unknown')
-def warn_unknown_words(prompts:list[str]):
+    path = Path(student).expanduser()
+    run = path.parent if path.name == 'generator' else path
+    try:
+        return saved_config(run)
+    except (InputError, ValueError, TypeError):
+        return Config(teacher='unknown')
+
+
+def warn_unknown_words(prompts: list[str]):
     "One line if prompts are made of words that the bundled teacher has never seen"
     from sid_lsg_nb.data.prompts import unfamiliar_prompts
-    if new := unfamiliar_prompts(prompts): print(f'note: the bundled teacher knows some emoji on plain grounds; most words of {len(new)} of {len(prompts)} prompt(s) are new to it, as in {new[0][:80]!r}, and will not be seen')
-def sample(args:Sample)->Path: # the folder
+
+    if new := unfamiliar_prompts(prompts):
+        print(
+            f'note: the bundled teacher knows some emoji on plain grounds; most words of {len(new)} of '
+            f'{len(prompts)} prompt(s) are new to it, as in {new[0][:80]!r}, and will not be seen'
+        )
+
+
+def sample(args: Sample) -> Path:  # the folder
     "Draw, save, and say where; raises `InputError` before anything is written"
     from PIL import Image
     from tqdm.auto import tqdm
     from sid_lsg_nb.data.prompts import open_prompts
     from sid_lsg_nb.teachers.registry import open_student
+
     prompts = [*args.text, *(open_prompts(args.prompts) if args.prompts else [])]
-    if not prompts: raise InputError('no prompt given; add one in quotes: sid-lsg sample RUN "a 3d fox on a white background", or --prompts FILE')
-    run = find_run_config(args.student); steps = run.student_steps if args.steps is None else args.steps
-    if steps < 1 or args.batch < 1: raise InputError(f'steps {steps} and batch {args.batch} must be at least 1')
+    if not prompts:
+        raise InputError(
+            'no prompt given; add one in quotes: sid-lsg sample RUN "a 3d fox on a white background", or --prompts '
+            'FILE'
+        )
+    run = find_run_config(args.student)
+    steps = run.student_steps if args.steps is None else args.steps
+    if steps < 1 or args.batch < 1:
+        raise InputError(f'steps {steps} and batch {args.batch} must be at least 1')
     folder = Path(args.out).expanduser() if args.out else free_folder('pictures')
-    if folder.exists(): raise InputError(f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N')
+    if folder.exists():
+        raise InputError(
+            f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N'
+        )
     student = open_student(args.student, pick_device(args.device))
-    if run.teacher == 'embedded': warn_unknown_words(prompts)
-    folder.mkdir(parents=True); every = []
+    if run.teacher == 'embedded':
+        warn_unknown_words(prompts)
+    folder.mkdir(parents=True)
+    every = []
     for i in tqdm(range(0, len(prompts), args.batch), unit='batch', disable=len(prompts) <= args.batch):
-        every.append(student(prompts[i:i + args.batch], range(args.seed + i, args.seed + min(i + args.batch, len(prompts))), steps).cpu())
-        for j, pixels in enumerate(to_uint8(every[-1]), i): Image.fromarray(pixels).save(folder/f'{j:05d}.png')
-    (folder/'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
-    x = every[0][:64]; image_grid(x, scale=max(1, 128//x.shape[-1])).save(folder/'sheet.png')
+        every.append(
+            student(
+                prompts[i : i + args.batch],
+                range(args.seed + i, args.seed + min(i + args.batch, len(prompts))),
+                steps,
+            ).cpu()
+        )
+        for j, pixels in enumerate(to_uint8(every[-1]), i):
+            Image.fromarray(pixels).save(folder / f'{j:05d}.png')
+    (folder / 'prompts.txt').write_text('\n'.join(prompts) + '\n', encoding='utf-8')
+    x = every[0][:64]
+    image_grid(x, scale=max(1, 128 // x.shape[-1])).save(folder / 'sheet.png')
     print(f'{len(prompts)} picture(s) in {folder}, sheet.png shows the first {len(x)}')
     return folder
 
 # %% ../nbs/7_commands/08_cli.ipynb #748c32e8
-def is_distributed()->bool:
+def is_distributed() -> bool:
     "Was this process started as one of several?"
     return os.environ.get('WORLD_SIZE', '1') not in ('', '0', '1')
-def last_value(argv:list[str], name:str, default:str='')->str:
+
+
+def last_value(argv: list[str], name: str, default: str = '') -> str:
     "The last value given for one flag, before the others can be parsed"
-    given = [a.split('=', 1)[1] if '=' in a else (argv + [''])[i + 1] for i, a in enumerate(argv) if a == name or a.startswith(name + '=')]
+    given = [
+        a.split('=', 1)[1] if '=' in a else (argv + [''])[i + 1]
+        for i, a in enumerate(argv)
+        if a == name or a.startswith(name + '=')
+    ]
     return given[-1] if given else default
 
 # %% ../nbs/7_commands/08_cli.ipynb #80ba3a12
-def pipeline_name(folder:Path)->str:
+def pipeline_name(folder: Path) -> str:
     "The class that a folder's model_index.json names; '' if that cannot be told from it"
-    try: return json.loads((folder/'model_index.json').read_text(encoding='utf-8')).get('_class_name', '')
-    except (OSError, ValueError, AttributeError): return ''
-def default_preset(teacher:str)->str:
-    "The row to start from when none is named: by the teacher's family; Stable Diffusion's for a hub id; raises `InputError` for a file or folder that is no teacher"
+    try:
+        return json.loads((folder / 'model_index.json').read_text(encoding='utf-8')).get('_class_name', '')
+    except (OSError, ValueError, AttributeError):
+        return ''
+
+
+def default_preset(teacher: str) -> str:
+    """The row to start from when none is named: by the teacher's family; Stable Diffusion's for a hub id; raises
+    `InputError` for a file or folder that is no teacher"""
     folder = Path(teacher).expanduser()
-    if teacher == 'embedded': return teacher
-    if not folder.exists(): return DEFAULT_PRESETS['StableDiffusionPipeline']                        # a hub id or a typing error: known when it is opened
-    if usual := DEFAULT_PRESETS.get(pipeline_name(folder)): return usual
+    if teacher == 'embedded':
+        return teacher
+    if not folder.exists():
+        return DEFAULT_PRESETS[
+            'StableDiffusionPipeline'
+        ]  # a hub id or a typing error: known when it is opened
+    if usual := DEFAULT_PRESETS.get(pipeline_name(folder)):
+        return usual
     from sid_lsg_nb.teachers.registry import family_of
+
     return DEFAULT_PRESETS[family_of(teacher)]
-def defaults_of(argv:list[str])->Config:
-    "What holds for all settings that are not given: the resumed run's, the preset's; without a preset `embedded`, or that of the other teacher's family"
+
+
+def defaults_of(argv: list[str]) -> Config:
+    """What holds for all settings that are not given: the resumed run's, the preset's; without a preset
+    `embedded`, or that of the other teacher's family"""
     file = last_value(argv, '--config')
     given = settings_in_file(file) if file else {}
-    name = last_value(argv, '--preset') or given.get('preset') or default_preset(last_value(argv, '--teacher', given.get('teacher', 'embedded')))
-    if name not in PRESETS: raise InputError(f'preset {name!r} is not known; use one of {", ".join(PRESETS)}')
-    folder = resume_folder(Config(preset=name, resume=last_value(argv, '--resume'), out=last_value(argv, '--out')))
+    name = (
+        last_value(argv, '--preset')
+        or given.get('preset')
+        or default_preset(last_value(argv, '--teacher', given.get('teacher', 'embedded')))
+    )
+    if name not in PRESETS:
+        raise InputError(f'preset {name!r} is not known; use one of {", ".join(PRESETS)}')
+    folder = resume_folder(
+        Config(preset=name, resume=last_value(argv, '--resume'), out=last_value(argv, '--out'))
+    )
     first = not is_distributed() or os.environ.get('RANK') == '0'
-    if folder is None or not first and not (folder/'config.json').is_file(): return config_from_dict(given | dict(preset=name), file, PRESETS[name])     # the first process's settings will hold
+    if folder is None or not first and not (folder / 'config.json').is_file():
+        return config_from_dict(
+            given | dict(preset=name), file, PRESETS[name]
+        )  # the first process's settings will hold
     return config_from_dict(given, file, saved_config(folder)) if given else saved_config(folder)
 
 # %% ../nbs/7_commands/08_cli.ipynb #6a4b94f8
@@ -102,40 +164,99 @@ def print_status(args:Status):
     for run in runs: print(status(run))
 
 # %% ../nbs/7_commands/08_cli.ipynb #7a8d4c9d
-COMMANDS = { # dataclass: (name, what it does, module and function, imported only when it is called)
-    Config: ('distill', 'Distil a text-to-image teacher into a one-step generator. No option is needed: the bundled teacher, on any laptop, in minutes. Several processes: torchrun --nproc-per-node N -m sid_lsg_nb.cli distill ... Presets: ' + ', '.join(PRESETS), 'training.trainer.train'),
+COMMANDS = {  # dataclass: (name, what it does, module and function, imported only when it is called)
+    Config: (
+        'distill',
+        'Distil a text-to-image teacher into a one-step generator. No option is needed: the bundled teacher, on '
+        'any laptop, in minutes. Several processes: torchrun --nproc-per-node N -m sid_lsg_nb.cli distill ... '
+        'Presets: '
+        + ', '.join(PRESETS),
+        'training.trainer.train',
+    ),
     Sample: ('sample', 'Draw pictures with a distilled generator.', 'cli.sample'),
-    Status: ('status', 'Say where runs stand: how far, how fast, what happened, what is saved.', 'cli.print_status'),
-    Evaluate: ('evaluate', 'Score a run, a pipeline or a folder of pictures by a named protocol.', 'commands.evaluate.evaluate'),
-    Compare: ('compare', 'One self-contained page: runs side by side, pictures at the same noise and prompts.', 'commands.compare.compare'),
-    Export: ('export', 'Write what leaves the house: single file, LoRA, ONNX, fp16 files, model card.', 'commands.convert.export_to'),
-    Import: ('import', 'Read a published .pkl or .pt without running what is in it, and write a stock pipeline.', 'commands.convert.import_from'),
-    Bench: ('bench', 'Time one iteration against its network calls alone, or count its memory.', 'commands.bench.bench')}
-def print_help(defaults:Config):
+    Status: (
+        'status',
+        'Say where runs stand: how far, how fast, what happened, what is saved.',
+        'cli.print_status',
+    ),
+    Evaluate: (
+        'evaluate',
+        'Score a run, a pipeline or a folder of pictures by a named protocol.',
+        'commands.evaluate.evaluate',
+    ),
+    Compare: (
+        'compare',
+        'One self-contained page: runs side by side, pictures at the same noise and prompts.',
+        'commands.compare.compare',
+    ),
+    Export: (
+        'export',
+        'Write what leaves the house: single file, LoRA, ONNX, fp16 files, model card.',
+        'commands.convert.export_to',
+    ),
+    Import: (
+        'import',
+        'Read a published .pkl or .pt without running what is in it, and write a stock pipeline.',
+        'commands.convert.import_from',
+    ),
+    Bench: (
+        'bench',
+        'Time one iteration against its network calls alone, or count its memory.',
+        'commands.bench.bench',
+    ),
+}
+
+
+def print_help(defaults: Config):
     "The options of `distill` by group, with their choices, defaults and reasons"
     texts, width = docments(Config), min(120, shutil.get_terminal_size().columns)
     hints = get_type_hints(Config)
     print('usage: sid-lsg distill [OPTIONS]', '', *textwrap.wrap(COMMANDS[Config][1], width), sep='\n')
-    print(*textwrap.wrap('--config FILE: settings from a .yaml or .json file, such as config.json of a run; options given here win. -h, --help: this text.', width), sep='\n')
+    print(
+        *textwrap.wrap(
+            '--config FILE: settings from a .yaml or .json file, such as config.json of a run; options given here '
+            'win. -h, --help: this text.',
+            width,
+        ),
+        sep='\n',
+    )
     for group, names in grouped_settings().items():
         print(f'\n{group}: {GROUPS[group][1]}')
         for k in names:
             choices = get_args(hints[k]) if get_origin(hints[k]) is Literal else ()
             told = f' {{{",".join(c or repr(c) for c in choices)}}}' if choices else ''
-            print(*textwrap.wrap(f'--{k.replace("_", "-")}{told} (default: {getattr(defaults, k)!r})', width, initial_indent='  ', subsequent_indent='      '), sep='\n')
-            print(*textwrap.wrap(texts[k], width, initial_indent='      ', subsequent_indent='      '), sep='\n')
-def without_option(argv:list[str], name:str)->list[str]:
+            print(
+                *textwrap.wrap(
+                    f'--{k.replace("_", "-")}{told} (default: {getattr(defaults, k)!r})',
+                    width,
+                    initial_indent='  ',
+                    subsequent_indent='      ',
+                ),
+                sep='\n',
+            )
+            print(
+                *textwrap.wrap(texts[k], width, initial_indent='      ', subsequent_indent='      '), sep='\n'
+            )
+
+
+def without_option(argv: list[str], name: str) -> list[str]:
     "The words without one option and its value"
     out, words = [], iter(argv)
     for word in words:
-        if word == name: next(words, None)
-        elif not word.startswith(f'{name}='): out.append(word)
+        if word == name:
+            next(words, None)
+        elif not word.startswith(f'{name}='):
+            out.append(word)
     return out
-def command_of(args): # what `parse` gave
+
+
+def command_of(args):  # what `parse` gave
     "The function behind it"
     module, _, name = COMMANDS[type(args)][-1].rpartition('.')
     return getattr(importlib.import_module(f'sid_lsg_nb.{module}'), name)
-def parse(argv:list[str]): # an instance of one of the dataclasses
+
+
+def parse(argv: list[str]):  # an instance of one of the dataclasses
     "Command-line words to the dataclass of a command; exits with status 2 on an unknown option"
     defaults = defaults_of(argv)
     if argv[:1] == ['distill'] and {'-h', '--help'} & set(argv):
@@ -143,8 +264,18 @@ def parse(argv:list[str]): # an instance of one of the dataclasses
         raise SystemExit(0)
     argv = without_option(argv, '--config') if argv[:1] == ['distill'] else argv
     given = {Config: dict(default=defaults)}
-    rows = [Annotated[kind, tyro.conf.subcommand(name, description=text, **given.get(kind, {}))] for kind, (name, text, _) in COMMANDS.items()]
-    return tyro.cli(Union[tuple(rows)], prog='sid-lsg', args=argv, description='Turn a text-to-image diffusion model into a one-step generator (SiD-LSG), with no training images.', config=(tyro.conf.OmitSubcommandPrefixes,))
+    rows = [
+        Annotated[kind, tyro.conf.subcommand(name, description=text, **given.get(kind, {}))]
+        for kind, (name, text, _) in COMMANDS.items()
+    ]
+    return tyro.cli(
+        Union[tuple(rows)],
+        prog='sid-lsg',
+        args=argv,
+        description='Turn a text-to-image diffusion model into a one-step generator (SiD-LSG), with no training '
+                    'images.',
+        config=(tyro.conf.OmitSubcommandPrefixes,),
+    )
 
 # %% ../nbs/7_commands/08_cli.ipynb #2383dddd
 def silence_libraries():
@@ -157,29 +288,42 @@ def silence_libraries():
     warnings.filterwarnings('ignore', module='huggingface_hub|diffusers|transformers|open_clip|torch')
 
 # %% ../nbs/7_commands/08_cli.ipynb #ae38bc47
-def read_command(argv:list[str]): # an instance of one of the dataclasses
-    "`parse`, and numbers that cannot work are told before the long imports; what is wrong in one of several processes is raised in all"
+def read_command(argv: list[str]):  # an instance of one of the dataclasses
+    """`parse`, and numbers that cannot work are told before the long imports; what is wrong in one of several
+    processes is raised in all"""
     if is_distributed() and argv[:1] == ['distill']:
         from sid_lsg_nb.training.distributed import heard_by_all
-        with heard_by_all(last_value(argv, '--device', 'auto')): return parse(argv)
+
+        with heard_by_all(last_value(argv, '--device', 'auto')):
+            return parse(argv)
     args = parse(argv)
     return check(args) if isinstance(args, Config) else args
-def print_error(error:Exception):
+
+
+def print_error(error: Exception):
     "One line for an error that ends the command; of several processes one speaks"
     from_here = str(error)
     if is_distributed():
         from sid_lsg_nb.training.distributed import said_here
+
         from_here = said_here(error, os.environ)
-    if from_here: print(f'sid-lsg: {from_here}', file=sys.stderr)
-def main(argv:list[str]|None=None)->int: # exit status
+    if from_here:
+        print(f'sid-lsg: {from_here}', file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:  # exit status
     "The `sid-lsg` command"
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')            # a terminal that cannot show a letter
-    if '--version' in argv: print(f'sid-lsg {__version__}'); return 0
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='replace')  # a terminal that cannot show a letter
+    if '--version' in argv:
+        print(f'sid-lsg {__version__}')
+        return 0
     try:
         args = read_command(argv)
-        if not isinstance(args, Status): silence_libraries()
+        if not isinstance(args, Status):
+            silence_libraries()
         command_of(args)(args)
     except (InputError, RunError) as e:
         print_error(e)

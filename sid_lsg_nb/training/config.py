@@ -188,29 +188,47 @@ def guidance_scales(config:Config)->Kappa:
 
 # %% ../../nbs/6_training/04_config.ipynb #175240f4
 POSITIVE = 'lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'
-NOT_NEGATIVE = ('log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every',
-                'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start')
+NOT_NEGATIVE = (
+    'log_every',
+    'sample_every',
+    'checkpoint_every',
+    'ema_halflife',
+    'ema_rampup',
+    'n_eval',
+    'eval_every',
+    'gan_weight_generator',
+    'gan_weight_discriminator',
+    'gan_freeze_generator_until',
+    'gan_start',
+)
 AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'
-def check(config:Config)->Config:
+
+
+def check(config: Config) -> Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     check_batches(config)
     if not 0 <= config.proportion_empty_prompts < 1:
         raise InputError(f'proportion_empty_prompts {config.proportion_empty_prompts} must lie in [0, 1)')
-    for names, ok, rule in ((POSITIVE, lambda v: math.isfinite(v) and v > 0, 'be a positive number'),
-                            (NOT_NEGATIVE, lambda v: v >= 0, 'not be negative'),
-                            (AT_LEAST_ONE, lambda v: v >= 1, 'be at least 1')):
+    for names, ok, rule in (
+        (POSITIVE, lambda v: math.isfinite(v) and v > 0, 'be a positive number'),
+        (NOT_NEGATIVE, lambda v: v >= 0, 'not be negative'),
+        (AT_LEAST_ONE, lambda v: v >= 1, 'be at least 1'),
+    ):
         for k in names:
             v = getattr(config, k)
-            if v is not None and not ok(v): raise InputError(f'{k} {v} must {rule}')
+            if v is not None and not ok(v):
+                raise InputError(f'{k} {v} must {rule}')
     if config.n_eval == 1:
         raise InputError('n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     check_combinations(config)
     guidance_scales(config)
-    from sid_lsg_nb.method.methods import make_method                  # PyTorch comes after all that needs none
-    make_method(recipe_of(config, float(config.t_init or 625)))        # what the times mean is the teacher's matter
+    from sid_lsg_nb.method.methods import make_method  # PyTorch comes after all that needs none
+
+    make_method(recipe_of(config, float(config.t_init or 625)))  # what the times mean is the teacher's matter
     return config
 
-def check_batches(config:Config):
+
+def check_batches(config: Config):
     "Raise `InputError` for sizes that cannot work"
     batch, micro, rounds = config.total_batch_size, config.micro_batch, config.gradient_accumulation_steps
     if batch < 0:
@@ -218,99 +236,178 @@ def check_batches(config:Config):
         raise InputError(f'total_batch_size {batch} must be at least 1, or 0 to have it {derived}')
     if micro is not None and not 1 <= micro <= (batch or micro):
         raise InputError(f'micro_batch {micro} must lie between 1 and total_batch_size ({batch})')
-    if rounds is not None and rounds < 1: raise InputError(f'gradient_accumulation_steps {rounds} must be at least 1')
+    if rounds is not None and rounds < 1:
+        raise InputError(f'gradient_accumulation_steps {rounds} must be at least 1')
     require_one_batch(config.max_train_images, batch)
 
-def require_one_batch(images:int, batch:int):
-    "Raise `InputError` for a run of less than one batch"
-    if images >= batch: return
-    raise InputError(f'max_train_images {images} is less than one batch of {batch}; give a larger max_train_images')
 
-def with_gan_times(config:Config)->Config:
+def require_one_batch(images: int, batch: int):
+    "Raise `InputError` for a run of less than one batch"
+    if images >= batch:
+        return
+    raise InputError(
+        f'max_train_images {images} is less than one batch of {batch}; give a larger max_train_images'
+    )
+
+
+def with_gan_times(config: Config) -> Config:
     "The config with what depends on the length of the run worked out, as in SiDA as far as the run is long enough"
-    if not config.real_images: return config
+    if not config.real_images:
+        return config
     freeze, start = config.gan_freeze_generator_until, config.gan_start
-    if freeze is None: freeze = min(100_000, config.max_train_images//10)
-    if start is None: start = min(200_000, config.max_train_images//5)
+    if freeze is None:
+        freeze = min(100_000, config.max_train_images // 10)
+    if start is None:
+        start = min(200_000, config.max_train_images // 5)
     return replace(config, gan_freeze_generator_until=freeze, gan_start=start)
 
-def check_combinations(config:Config):
+
+def check_combinations(config: Config):
     "Raise `InputError` for settings that exclude each other, or that name what is not there"
     c, lora, ema = config, config.lora != 'none', 'ema' in config.offload
     either = 'leave one away'
     apart = [
-        ('mixed-precision', 'weight-dtype', c.mixed_precision != 'no' and c.weight_dtype != 'fp32',
-         'with weights in 16 bits everything is computed in them: leave one away'),
-        ('lora', 'weight-dtype', lora and c.weight_dtype != 'fp32',
-         'take --mixed-precision: the shared weights are in 16 bits then anyway'),
-        ('lora', 'real-images', lora and c.real_images,
-         'leave one away: the discriminator learns in the fake\'s own weights'),
+        (
+            'mixed-precision',
+            'weight-dtype',
+            c.mixed_precision != 'no' and c.weight_dtype != 'fp32',
+            'with weights in 16 bits everything is computed in them: leave one away',
+        ),
+        (
+            'lora',
+            'weight-dtype',
+            lora and c.weight_dtype != 'fp32',
+            'take --mixed-precision: the shared weights are in 16 bits then anyway',
+        ),
+        (
+            'lora',
+            'real-images',
+            lora and c.real_images,
+            'leave one away: the discriminator learns in the fake\'s own weights',
+        ),
         ('lora', 'fsdp', lora and c.fsdp, either),
         ('lora', 'compile', lora and c.compile, either),
-        ('lora of the generator', 'offload ema', c.lora in ('generator', 'both') and ema,
-         'leave it away: the average of a LoRA is small'),
+        (
+            'lora of the generator',
+            'offload ema',
+            c.lora in ('generator', 'both') and ema,
+            'leave it away: the average of a LoRA is small',
+        ),
         ('use-8bit-adam', 'fsdp', c.use_8bit_adam and c.fsdp, either),
         ('offload ema', 'fsdp', ema and c.fsdp, either),
-        ('eval-every', 'n-eval 0', c.eval_every and c.n_eval == 0, 'say how many pictures, --n-eval 1000')]
+        ('eval-every', 'n-eval 0', c.eval_every and c.n_eval == 0, 'say how many pictures, --n-eval 1000'),
+    ]
     for a, b, both, cure in apart:
-        if both: raise InputError(f'{a} and {b} do not go together; {cure}')
+        if both:
+            raise InputError(f'{a} and {b} do not go together; {cure}')
     check_files(config)
     check_gan_times(config)
     if c.report_to != 'none' and importlib.util.find_spec(c.report_to) is None:
         raise InputError(f'--report-to {c.report_to} needs the package; pip install {c.report_to}')
 
-def check_files(config:Config):
+
+def check_files(config: Config):
     "Raise `InputError` for folders and files that are missing"
     if config.eval_every and config.teacher != 'embedded' and not config.eval_reference:
-        raise InputError('--eval-every needs something to score against: --eval-reference FOLDER of real pictures')
-    cures = dict(eval_reference='give a folder of pictures', real_images='give a folder of pictures',
-                 inception='leave it away to have it fetched')
+        raise InputError(
+            '--eval-every needs something to score against: --eval-reference FOLDER of real pictures'
+        )
+    cures = dict(
+        eval_reference='give a folder of pictures',
+        real_images='give a folder of pictures',
+        inception='leave it away to have it fetched',
+    )
     for k, cure in cures.items():
         file = getattr(config, k)
         if file and file != 'bundled' and not Path(file).expanduser().exists():
             raise InputError(f'--{k.replace("_", "-")} {file} does not exist; {cure}')
 
-def check_gan_times(config:Config):
-    "Raise `InputError` for an adversarial loss that would never act"
-    if not config.real_images: return
-    c, most = with_gan_times(config), config.max_train_images
-    never = {'gan-freeze-generator-until': (c.gan_freeze_generator_until, 'the generator would not be updated'),
-             'gan-start': (c.gan_start, 'there would be no adversarial loss')}
-    for name, (when, what) in never.items():
-        if when < most: continue
-        raise InputError(f'--{name}: {what} for the whole run of {most:,} images; '
-                         f'give a number below {most:,}, or a larger --max-train-images')
 
-def resolve(config:Config, world:int=1)->Config:
+def check_gan_times(config: Config):
+    "Raise `InputError` for an adversarial loss that would never act"
+    if not config.real_images:
+        return
+    c, most = with_gan_times(config), config.max_train_images
+    never = {
+        'gan-freeze-generator-until': (c.gan_freeze_generator_until, 'the generator would not be updated'),
+        'gan-start': (c.gan_start, 'there would be no adversarial loss'),
+    }
+    for name, (when, what) in never.items():
+        if when < most:
+            continue
+        raise InputError(
+            f'--{name}: {what} for the whole run of {most:,} images; '
+            f'give a number below {most:,}, or a larger --max-train-images'
+        )
+
+
+def resolve(config: Config, world: int = 1) -> Config:
     "Checked, with total_batch_size, micro_batch and gradient_accumulation_steps worked out; raises `InputError`"
     from sid_lsg_nb.training.distributed import divide
+
     check(config)
     c = with_gan_times(config)
     batch, micro, rounds = divide(c.total_batch_size, c.micro_batch, c.gradient_accumulation_steps, world)
     require_one_batch(c.max_train_images, batch)
     return replace(c, total_batch_size=batch, micro_batch=micro, gradient_accumulation_steps=rounds)
 
-def recipe_of(config:Config, t_init:int|float, usual:tuple=(20, 980))->Recipe: # usual: the schedule's [t_min, t_max); of a table by default
+
+def recipe_of(
+    config: Config, t_init: int | float, usual: tuple = (20, 980)
+) -> Recipe:  # usual: the schedule's [t_min, t_max); of a table by default
     "The part of the config that the method sees"
     from sid_lsg_nb.method.adversary import Adversary
     from sid_lsg_nb.method.methods import Recipe
     from sid_lsg_nb.method.sequential import generator_grad_sequential
     from sid_lsg_nb.method.steps import generator_grad
+
     c, (lo, hi) = config, usual
-    adversary = Adversary(c.gan_layer, c.gan_weight_discriminator, weight_generator=c.gan_weight_generator,
-                          freeze_generator_until=c.gan_freeze_generator_until or 0, start=c.gan_start or 0)
-    own = {k: getattr(c, k) for k in ('alpha', 'loss_weight', 'method', 'distance', 'space', 'timestep_sampling',
-                                      'timestep_sampling_fake', 'fake_loss_weight', 'student_steps', 'renoise')}
-    times = dict(t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init)
+    adversary = Adversary(
+        c.gan_layer,
+        c.gan_weight_discriminator,
+        weight_generator=c.gan_weight_generator,
+        freeze_generator_until=c.gan_freeze_generator_until or 0,
+        start=c.gan_start or 0,
+    )
+    own = {
+        k: getattr(c, k)
+        for k in (
+            'alpha',
+            'loss_weight',
+            'method',
+            'distance',
+            'space',
+            'timestep_sampling',
+            'timestep_sampling_fake',
+            'fake_loss_weight',
+            'student_steps',
+            'renoise',
+        )
+    }
+    times = dict(
+        t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init
+    )
     gradient = generator_grad_sequential if c.sequential_gradient or c.lora != 'none' else generator_grad
-    return Recipe(kappa=guidance_scales(c), adversary=adversary if c.real_images else None, gradient=gradient, **times, **own)
-def lr_of(config:Config, role:str)->float:
+    return Recipe(
+        kappa=guidance_scales(c),
+        adversary=adversary if c.real_images else None,
+        gradient=gradient,
+        **times,
+        **own,
+    )
+
+
+def lr_of(config: Config, role: str) -> float:
     "Learning rate of a network"
     return config.lr if role == 'generator' else config.lr_fake
-def run_title(config:Config)->str:
+
+
+def run_title(config: Config) -> str:
     "kappa1..kappa4 and the loss, for titles"
     k, c = guidance_scales(config), config
-    loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method) # without PyTorch, for `status`
+    loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(
+        c.method, c.method
+    )  # without PyTorch, for `status`
     steps = f', {c.student_steps} steps' if c.student_steps > 1 else ''
     return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}{steps}'
 
@@ -439,156 +536,238 @@ def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are n
 
 # %% ../../nbs/6_training/04_config.ipynb #4d568a03
 FIXED_SETTINGS = ('prediction_type', 'seed', 't_init', 'student_steps')
-def has_type(value, hint)->bool:
+
+
+def has_type(value, hint) -> bool:
     "Does a value from a file have the type of a setting?"
-    if get_origin(hint) is Literal: return value in get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, (list, tuple)) and all(has_type(v, get_args(hint)[0]) for v in value)
-    if get_args(hint): return any(has_type(value, h) for h in get_args(hint))
-    if hint in (int, float): return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if get_args(hint):
+        return any(has_type(value, h) for h in get_args(hint))
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
 
-def config_from_dict(values:dict, source, base:Config=Config())->Config:
+
+def config_from_dict(values: dict, source, base: Config = Config()) -> Config:
     "Settings of a file over those of a base; raises `InputError` for unknown ones, and values of another type"
     hints = get_type_hints(Config)
     strange = [k for k in values if k not in hints]
     if strange:
-        raise InputError(f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know '
-                         f'({", ".join(strange[:3])}); start a new run, or go on with the version that made it')
+        raise InputError(
+            f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know '
+            f'({", ".join(strange[:3])}); start a new run, or go on with the version that made it'
+        )
     wrong = [k for k, v in values.items() if not has_type(v, hints[k])]
     if wrong or not values:
-        raise InputError(f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it')
+        raise InputError(
+            f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it'
+        )
     return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
-OF_ONE_RUN = 'out', 'resume', 'dry_run' # settings that say what to do now, not what a run is
-def settings_in_file(file)->dict:
+
+OF_ONE_RUN = 'out', 'resume', 'dry_run'  # settings that say what to do now, not what a run is
+
+
+def settings_in_file(file) -> dict:
     "Settings of config.json or of lines `name: value` (YAML), without those of `OF_ONE_RUN`; raises `InputError`"
     file = Path(file).expanduser()
-    if file.suffix == '.json': values = read_json(file)
+    if file.suffix == '.json':
+        values = read_json(file)
     else:
-        try: values = yaml.safe_load(file.read_text(encoding='utf-8'))
+        try:
+            values = yaml.safe_load(file.read_text(encoding='utf-8'))
         except (OSError, ValueError, yaml.YAMLError) as e:
             why = type(e).__name__
-            raise InputError(f'--config {file} cannot be read ({why}); give a .yaml or .json file of settings') from e
+            raise InputError(
+                f'--config {file} cannot be read ({why}); give a .yaml or .json file of settings'
+            ) from e
     if not isinstance(values, dict):
         raise InputError(f'--config {file} is no list of settings; write one `name: value` per line')
     config_from_dict(values, file)
     return {k: v for k, v in values.items() if k not in OF_ONE_RUN}
 
-def saved_config(folder, say=print)->Config:
+
+def saved_config(folder, say=print) -> Config:
     "The config of a run folder, or its newest checkpoint's if that cannot be used; raises `InputError` without either"
-    file = Path(folder)/'config.json'
-    try: return config_from_dict(read_json(file), file)
-    except InputError as e: problem = e
-    for path in checkpoints(Path(folder)/'checkpoints'):
-        try: config = config_from_dict(load_facts(path).get('config', {}), path)
-        except (InputError, CheckpointError): continue
+    file = Path(folder) / 'config.json'
+    try:
+        return config_from_dict(read_json(file), file)
+    except InputError as e:
+        problem = e
+    for path in checkpoints(Path(folder) / 'checkpoints'):
+        try:
+            config = config_from_dict(load_facts(path).get('config', {}), path)
+        except (InputError, CheckpointError):
+            continue
         say(f'{file} cannot be used; the settings are those in checkpoint {path.name}')
         return config
-    if file.is_file(): raise problem
-    raise InputError(f'{str(folder)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made')
+    if file.is_file():
+        raise problem
+    raise InputError(
+        f'{str(folder)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made'
+    )
 
-def has_started(folder:Path)->bool:
+
+def has_started(folder: Path) -> bool:
     "Is there something to go on with, or the end of a run?"
-    return bool(checkpoints(folder/'checkpoints')) or (folder/'closing.json').is_file()
+    return bool(checkpoints(folder / 'checkpoints')) or (folder / 'closing.json').is_file()
 
-def resume_folder(config:Config)->Path|None: # None: start a new run
+
+def resume_folder(config: Config) -> Path | None:  # None: start a new run
     "The run that `config.resume` means"
-    if config.resume != LATEST: return Path(config.resume).expanduser() if config.resume else None
-    if config.out: return out if has_started(out := Path(config.out).expanduser()) else None
-    names = re.compile(re.escape(config.preset) + r'-\d+')             # not those of a preset whose name begins alike
-    found = {p: checkpoints(p/'checkpoints') for p in Path('runs').glob('*') if names.fullmatch(p.name)}
+    if config.resume != LATEST:
+        return Path(config.resume).expanduser() if config.resume else None
+    if config.out:
+        return out if has_started(out := Path(config.out).expanduser()) else None
+    names = re.compile(re.escape(config.preset) + r'-\d+')  # not those of a preset whose name begins alike
+    found = {p: checkpoints(p / 'checkpoints') for p in Path('runs').glob('*') if names.fullmatch(p.name)}
     newest = sorted((kept[0].stat().st_mtime, p) for p, kept in found.items() if kept)
     silent = lambda line: None
     return next((p for _, p in reversed(newest) if saved_config(p, silent).preset == config.preset), None)
 
-def changed_settings(old:Config, new:Config)->list[str]:
+
+def changed_settings(old: Config, new: Config) -> list[str]:
     "Names of settings that differ, also of prompts and teacher that moved; raises `InputError` for `FIXED_SETTINGS`"
     names = [f.name for f in fields(Config) if f.name not in OF_ONE_RUN]
     keys = [k for k in names if getattr(old, k) != getattr(new, k)]
     wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED_SETTINGS]
-    if wrong: raise InputError(f'cannot resume with another {", ".join(wrong)}; start a new run, or leave it as it was')
+    if wrong:
+        raise InputError(
+            f'cannot resume with another {", ".join(wrong)}; start a new run, or leave it as it was'
+        )
     return keys
 
 # %% ../../nbs/6_training/04_config.ipynb #7656064c
-def teacher_shapes(teacher:str)->tuple|None: # the UNet's config, weights of text encoder and VAE in millions; None: unknown
+def teacher_shapes(
+    teacher: str,
+) -> tuple | None:  # the UNet's config, weights of text encoder and VAE in millions; None: unknown
     "What a teacher's folder says about its size"
     from sid_lsg_nb.core import EMBEDDED
     from sid_lsg_nb.teachers.denoiser import pipeline_class
     from sid_lsg_nb.training.memory import SHAPES
-    if known := {SD15: 'sd15', SD21: 'sd21-base'}.get(teacher): return SHAPES[known]
-    folder = EMBEDDED/'teacher' if teacher == 'embedded' else Path(teacher).expanduser()
-    if not (folder/'unet/config.json').is_file(): return None
-    if pipeline_class(str(folder), teacher) != 'StableDiffusionPipeline': return None   # what a budget is known for
-    unet = json.loads((folder/'unet/config.json').read_text())
-    return unet, *(count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae'))
 
-def count_weights(folder:Path)->int:
+    if known := {SD15: 'sd15', SD21: 'sd21-base'}.get(teacher):
+        return SHAPES[known]
+    folder = EMBEDDED / 'teacher' if teacher == 'embedded' else Path(teacher).expanduser()
+    if not (folder / 'unet/config.json').is_file():
+        return None
+    if pipeline_class(str(folder), teacher) != 'StableDiffusionPipeline':
+        return None  # what a budget is known for
+    unet = json.loads((folder / 'unet/config.json').read_text())
+    return unet, *(count_weights(folder / part) / 1e6 for part in ('text_encoder', 'vae'))
+
+
+def count_weights(folder: Path) -> int:
     "How many numbers the safetensors files of a folder hold, read from their headers"
     from safetensors import safe_open
+
     count = 0
     for file in folder.glob('*.safetensors'):
-        with safe_open(file, 'pt') as f: count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+        with safe_open(file, 'pt') as f:
+            count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
     return count
 
-TIMED = ('micro_batch', 'mixed_precision', 'weight_dtype', 'tf32', 'sequential_gradient', 'gradient_checkpointing',
-         'lora', 'use_8bit_adam', 'compile', 'channels_last') # settings that decide how long an iteration takes
+
+TIMED = (
+    'micro_batch',
+    'mixed_precision',
+    'weight_dtype',
+    'tf32',
+    'sequential_gradient',
+    'gradient_checkpointing',
+    'lora',
+    'use_8bit_adam',
+    'compile',
+    'channels_last',
+)  # settings that decide how long an iteration takes
+
+
 def estimate_time(
-    config:Config, # see `resolve`
-    card:str, # as PyTorch names it
-    rows:list[dict], # measurements: card, date, img_per_s, and the settings of a `Bench`
-)->str: # '' where nothing was measured
+    config: Config,  # see `resolve`
+    card: str,  # as PyTorch names it
+    rows: list[dict],  # measurements: card, date, img_per_s, and the settings of a `Bench`
+) -> str:  # '' where nothing was measured
     "How long the training itself takes on a card, from what was measured on such a card with these settings"
-    same = TIMED + ('lora_rank',)*(config.lora != 'none')
+    same = TIMED + ('lora_rank',) * (config.lora != 'none')
     teacher = {SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher)
     guided, ema = guidance_scales(config) != Kappa(), 'ema' in config.offload
     wanted = {k: getattr(config, k) for k in same} | dict(teacher=teacher, guided=guided, ema=ema)
     for r in rows:
         done = r['settings']
-        known = {k: done[k] for k in ('teacher', *same)} | dict(guided=done['kappa'] != 1, ema='ema' in done['offload'])
-        if r['card'] != card or known != wanted: continue
-        hours, speed = config.max_train_images/r['img_per_s']/3600, f'{r["img_per_s"]:g} images/s, measured {r["date"]}'
-        return (f'time: about {hours:.3g} hours of training on one {card} ({speed}); '
-                'sheets, checkpoints and scores come on top')
+        known = {k: done[k] for k in ('teacher', *same)} | dict(
+            guided=done['kappa'] != 1, ema='ema' in done['offload']
+        )
+        if r['card'] != card or known != wanted:
+            continue
+        hours, speed = (
+            config.max_train_images / r['img_per_s'] / 3600,
+            f'{r["img_per_s"]:g} images/s, measured {r["date"]}',
+        )
+        return (
+            f'time: about {hours:.3g} hours of training on one {card} ({speed}); '
+            'sheets, checkpoints and scores come on top'
+        )
     return ''
 
-def print_memory(config:Config):
+
+def print_memory(config: Config):
     "The memory of one process, counted from the shapes of a known teacher"
     from sid_lsg_nb.training.memory import budget, meta_unet, print_budget
+
     c, shapes = config, teacher_shapes(config.teacher)
     if shapes is None:
         print(f'memory: unknown for this kind of teacher, or before {c.teacher!r} is fetched')
         return
-    parts = budget(meta_unet(shapes[0]), *shapes[1:], micro_batch=c.micro_batch, precision=c.precision,
-                   guided=guidance_scales(c) != Kappa(), sequential_gradient=c.sequential_gradient or c.lora != 'none',
-                   gradient_checkpointing=c.gradient_checkpointing, lora=c.lora, lora_rank=c.lora_rank,
-                   offload=c.offload, use_8bit_adam=c.use_8bit_adam)
+    parts = budget(
+        meta_unet(shapes[0]),
+        *shapes[1:],
+        micro_batch=c.micro_batch,
+        precision=c.precision,
+        guided=guidance_scales(c) != Kappa(),
+        sequential_gradient=c.sequential_gradient or c.lora != 'none',
+        gradient_checkpointing=c.gradient_checkpointing,
+        lora=c.lora,
+        lora_rank=c.lora_rank,
+        offload=c.offload,
+        use_8bit_adam=c.use_8bit_adam,
+    )
     before = ' (before sharding)' if c.fsdp else ''
     print_budget(f'memory per process, counted from shapes; workspaces come on top{before}:', parts)
 
-def files_of(config:Config)->str:
+
+def files_of(config: Config) -> str:
     "What the run would leave, in a sentence"
     c, images = config, config.max_train_images
-    lines = images//c.log_every if c.log_every else 'few'
-    grids = images//c.sample_every + 1 if c.sample_every else 0
+    lines = images // c.log_every if c.log_every else 'few'
+    grids = images // c.sample_every + 1 if c.sample_every else 0
     scores = ', scores.json' if c.teacher == 'embedded' and c.n_eval else ''
-    return (f'config.json, prompts.json, log.jsonl ({lines} lines), curves.png, samples/ ({grids:,} sheets), '
-            f'checkpoints/ (the last {c.checkpoints_total_limit}), '
-            f'generator/ (a diffusers pipeline with its model card){scores}')
+    return (
+        f'config.json, prompts.json, log.jsonl ({lines} lines), curves.png, samples/ ({grids:,} sheets), '
+        f'checkpoints/ (the last {c.checkpoints_total_limit}), '
+        f'generator/ (a diffusers pipeline with its model card){scores}'
+    )
 
-def dry_run(config:Config, world:int=1):
+
+def dry_run(config: Config, world: int = 1):
     "Print what a run with these settings would do; raises `InputError` as the run would"
     import torch
     from sid_lsg_nb.core import EMBEDDED
+
     c = resolve(config, world)
     print('\n'.join(f'{k}: {json.dumps(v)}' for k, v in asdict(c).items()))
     size = f'{c.micro_batch} at once x {c.gradient_accumulation_steps} rounds x {world} process(es)'
-    iterations = math.ceil(c.max_train_images/c.total_batch_size)
-    print(f'\none iteration: {c.total_batch_size} images = {size}, '
-          f'for the fake and again for the generator; {iterations:,} iterations')
+    iterations = math.ceil(c.max_train_images / c.total_batch_size)
+    print(
+        f'\none iteration: {c.total_batch_size} images = {size}, '
+        f'for the fake and again for the generator; {iterations:,} iterations'
+    )
     print_memory(c)
     if world == 1 and c.device != 'cpu' and torch.cuda.is_available():
-        rows = json.loads((EMBEDDED/'speeds.json').read_text())
-        if told := estimate_time(c, torch.cuda.get_device_name(), rows): print(told)
+        rows = json.loads((EMBEDDED / 'speeds.json').read_text())
+        if told := estimate_time(c, torch.cuda.get_device_name(), rows):
+            print(told)
     where = c.resume or c.out or f'runs/{c.preset}-N'
     print(f'\nwould write {where}/: {files_of(c)}')
