@@ -80,10 +80,8 @@ def sample(args: Sample) -> Path:  # the folder
     for i in tqdm(range(0, len(prompts), args.batch), unit='batch', disable=len(prompts) <= args.batch):
         every.append(
             student(
-                prompts[i : i + args.batch],
-                range(args.seed + i, args.seed + min(i + args.batch, len(prompts))),
-                steps,
-            ).cpu()
+                prompts[i : i + args.batch], range(args.seed + i, args.seed + min(i + args.batch, len(prompts))),
+                steps).cpu()
         )
         for j, pixels in enumerate(to_uint8(every[-1]), i):
             Image.fromarray(pixels).save(folder / f'{j:05d}.png')

@@ -85,7 +85,7 @@ def small(tmp_path):
 
 # ---- the house keeps its rules
 
-RULES = [house.odd_notebooks, house.places, house.ladder, house.gone, house.strays, house.long_functions,
+RULES = [house.density, house.odd_notebooks, house.places, house.ladder, house.gone, house.strays, house.long_functions,
          house.unsafe_loads, house.unstated, house.machine_paths]
 
 @pytest.mark.parametrize('rule', RULES, ids=lambda f: f.__name__)

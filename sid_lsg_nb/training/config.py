@@ -189,18 +189,8 @@ def guidance_scales(config:Config)->Kappa:
 # %% ../../nbs/6_training/04_config.ipynb #175240f4
 POSITIVE = 'lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'
 NOT_NEGATIVE = (
-    'log_every',
-    'sample_every',
-    'checkpoint_every',
-    'ema_halflife',
-    'ema_rampup',
-    'n_eval',
-    'eval_every',
-    'gan_weight_generator',
-    'gan_weight_discriminator',
-    'gan_freeze_generator_until',
-    'gan_start',
-)
+    'log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every',
+    'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start')
 AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'
 
 
@@ -211,9 +201,7 @@ def check(config: Config) -> Config:
         raise InputError(f'proportion_empty_prompts {config.proportion_empty_prompts} must lie in [0, 1)')
     for names, ok, rule in (
         (POSITIVE, lambda v: math.isfinite(v) and v > 0, 'be a positive number'),
-        (NOT_NEGATIVE, lambda v: v >= 0, 'not be negative'),
-        (AT_LEAST_ONE, lambda v: v >= 1, 'be at least 1'),
-    ):
+        (NOT_NEGATIVE, lambda v: v >= 0, 'not be negative'), (AT_LEAST_ONE, lambda v: v >= 1, 'be at least 1')):
         for k in names:
             v = getattr(config, k)
             if v is not None and not ok(v):
@@ -268,35 +256,22 @@ def check_combinations(config: Config):
     either = 'leave one away'
     apart = [
         (
-            'mixed-precision',
-            'weight-dtype',
-            c.mixed_precision != 'no' and c.weight_dtype != 'fp32',
-            'with weights in 16 bits everything is computed in them: leave one away',
-        ),
+            'mixed-precision', 'weight-dtype', c.mixed_precision != 'no' and c.weight_dtype != 'fp32',
+            'with weights in 16 bits everything is computed in them: leave one away'),
         (
-            'lora',
-            'weight-dtype',
-            lora and c.weight_dtype != 'fp32',
-            'take --mixed-precision: the shared weights are in 16 bits then anyway',
-        ),
+            'lora', 'weight-dtype', lora and c.weight_dtype != 'fp32',
+            'take --mixed-precision: the shared weights are in 16 bits then anyway'),
         (
-            'lora',
-            'real-images',
-            lora and c.real_images,
-            'leave one away: the discriminator learns in the fake\'s own weights',
-        ),
+            'lora', 'real-images', lora and c.real_images,
+            'leave one away: the discriminator learns in the fake\'s own weights'),
         ('lora', 'fsdp', lora and c.fsdp, either),
         ('lora', 'compile', lora and c.compile, either),
         (
-            'lora of the generator',
-            'offload ema',
-            c.lora in ('generator', 'both') and ema,
-            'leave it away: the average of a LoRA is small',
-        ),
+            'lora of the generator', 'offload ema', c.lora in ('generator', 'both') and ema,
+            'leave it away: the average of a LoRA is small'),
         ('use-8bit-adam', 'fsdp', c.use_8bit_adam and c.fsdp, either),
         ('offload ema', 'fsdp', ema and c.fsdp, either),
-        ('eval-every', 'n-eval 0', c.eval_every and c.n_eval == 0, 'say how many pictures, --n-eval 1000'),
-    ]
+        ('eval-every', 'n-eval 0', c.eval_every and c.n_eval == 0, 'say how many pictures, --n-eval 1000')]
     for a, b, both, cure in apart:
         if both:
             raise InputError(f'{a} and {b} do not go together; {cure}')
@@ -313,10 +288,8 @@ def check_files(config: Config):
             '--eval-every needs something to score against: --eval-reference FOLDER of real pictures'
         )
     cures = dict(
-        eval_reference='give a folder of pictures',
-        real_images='give a folder of pictures',
-        inception='leave it away to have it fetched',
-    )
+        eval_reference='give a folder of pictures', real_images='give a folder of pictures',
+        inception='leave it away to have it fetched')
     for k, cure in cures.items():
         file = getattr(config, k)
         if file and file != 'bundled' and not Path(file).expanduser().exists():
@@ -330,8 +303,7 @@ def check_gan_times(config: Config):
     c, most = with_gan_times(config), config.max_train_images
     never = {
         'gan-freeze-generator-until': (c.gan_freeze_generator_until, 'the generator would not be updated'),
-        'gan-start': (c.gan_start, 'there would be no adversarial loss'),
-    }
+        'gan-start': (c.gan_start, 'there would be no adversarial loss')}
     for name, (when, what) in never.items():
         if when < most:
             continue
@@ -363,38 +335,20 @@ def recipe_of(
 
     c, (lo, hi) = config, usual
     adversary = Adversary(
-        c.gan_layer,
-        c.gan_weight_discriminator,
-        weight_generator=c.gan_weight_generator,
-        freeze_generator_until=c.gan_freeze_generator_until or 0,
-        start=c.gan_start or 0,
-    )
+        c.gan_layer, c.gan_weight_discriminator, weight_generator=c.gan_weight_generator,
+        freeze_generator_until=c.gan_freeze_generator_until or 0, start=c.gan_start or 0)
     own = {
         k: getattr(c, k)
         for k in (
-            'alpha',
-            'loss_weight',
-            'method',
-            'distance',
-            'space',
-            'timestep_sampling',
-            'timestep_sampling_fake',
-            'fake_loss_weight',
-            'student_steps',
-            'renoise',
-        )
+            'alpha', 'loss_weight', 'method', 'distance', 'space', 'timestep_sampling', 'timestep_sampling_fake',
+            'fake_loss_weight', 'student_steps', 'renoise')
     }
     times = dict(
         t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init
     )
     gradient = generator_grad_sequential if c.sequential_gradient or c.lora != 'none' else generator_grad
     return Recipe(
-        kappa=guidance_scales(c),
-        adversary=adversary if c.real_images else None,
-        gradient=gradient,
-        **times,
-        **own,
-    )
+        kappa=guidance_scales(c), adversary=adversary if c.real_images else None, gradient=gradient, **times, **own)
 
 
 def lr_of(config: Config, role: str) -> float:
