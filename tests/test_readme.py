@@ -25,7 +25,7 @@ SHORT = (
 KINDS = [Config, *(k for k in vars(options).values() if dataclasses.is_dataclass(k))]
 OWN = {'--' + f.name.replace('_', '-') for kind in KINDS for f in dataclasses.fields(kind)}
 OTHERS = set(
-    '--help --version --nproc-per-node --arch --seeds --flags --folder --pieces'.split()
+    '--help --version --config --path --readme --nproc-per-node --arch --seeds --flags --folder --pieces'.split()
 )  # of launchers, scripts and published code
 
 def words_of(line):
