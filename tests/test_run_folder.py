@@ -189,7 +189,7 @@ def test_what_comes_after_training_does_not_cost_the_run(home, tmp_path, monkeyp
     assert same(folder, home / 'whole') and (folder / 'generator/README.md').exists()
 
 def test_a_sheet_that_cannot_be_drawn_does_not_cost_the_run(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, 'sheet', broken)
+    monkeypatch.setattr(trainer, 'save_grid', broken)
     train(config(home, out=str(tmp_path / 'run'), sample_every=8))
     assert 'a sheet failed (ZeroDivisionError' in capsys.readouterr().out and same(
         tmp_path / 'run', home / 'whole'
