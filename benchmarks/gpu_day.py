@@ -545,7 +545,7 @@ def ranks(o):
                 team)
 
         a, b = job(), job()
-        for l in [*a.learners.values(), *b.learners.values()] if how == 'copies' and team.world == 1 else ():
+        for l in [*a.nets.learners.values(), *b.nets.learners.values()] if how == 'copies' and team.world == 1 else ():
             l.train = l.net.with_net(
                 DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False)
             )
