@@ -33,10 +33,9 @@ def find_run_config(student: str) -> Config:
     "The settings of the run that a generator belongs to; those of no run where there is none"
     path = Path(student).expanduser()
     run = path.parent if path.name == 'generator' else path
-    try:
-        return saved_config(run)
-    except (InputError, ValueError, TypeError):
+    if not (run / 'log.jsonl').is_file():
         return Config(teacher='unknown')
+    return saved_config(run)
 
 
 def warn_unknown_words(prompts: list[str]):

@@ -20,7 +20,7 @@ from .steps import Method, ScoreDistillation, ScoreTerm, generator_grad
 class Recipe:
     "What is minimised, and where in time: flat, as the settings of a run are"
 
-    method: str = 'sid'  # a row of `METHODS`
+    method: str = 'sid'  # a row of `LOSSES`, or of `METHODS`
     kappa: Kappa = Kappa.lsg(1.5)  # the four guidance scales
     alpha: float = 1.0  # of sid: 1 is SIM with squared L2, 0.5 the exact Fisher gradient
     distance: str | Distance = 'huber'  # of sim: l2, huber:C0, huber-abs:C, p:P, or an object
