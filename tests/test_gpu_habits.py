@@ -19,7 +19,8 @@ from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.optim import EMA, make_adam
 from sid_lsg_nb.method.schedule import DiscreteSchedule
 from sid_lsg_nb.training.config import Config
-from sid_lsg_nb.training.trainer import iterate, setup
+from sid_lsg_nb.teachers.registry import open_teacher
+from sid_lsg_nb.training.trainer import build_networks, iterate, setup
 
 ASKS = {
     getattr(torch.ops.aten, k).default for k in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select')
@@ -102,3 +103,12 @@ def test_to_device_takes_the_pinned_way_to_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'to', lambda self, *a, **k: taken.append((a, k)) or self)
     to_device(x, 'cuda')
     assert taken == [(('cuda',), dict(non_blocking=True))]
+
+@pytest.mark.parametrize('lora, most', [('none', 2), ('fake', 2), ('generator', 2), ('both', 0)])
+def test_no_copy_of_the_teacher_that_nobody_trains(monkeypatch, lora, most):
+    made, copy = [], Denoiser.copy
+    monkeypatch.setattr(Denoiser, 'copy', lambda net: (made.append(net), copy(net))[1])
+    config = Config(device='cpu', lora=lora, lora_rank=2)
+    teacher = open_teacher('embedded')
+    build_networks(config, teacher, make_method(Recipe()))
+    assert len(made) <= most

@@ -359,9 +359,7 @@ def lr_of(config: Config, role: str) -> float:
 def run_title(config: Config) -> str:
     "kappa1..kappa4 and the loss, for titles"
     k, c = guidance_scales(config), config
-    loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(
-        c.method, c.method
-    )  # without PyTorch, for `status`
+    loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method) # without PyTorch
     steps = f', {c.student_steps} steps' if c.student_steps > 1 else ''
     return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}{steps}'
 

@@ -150,7 +150,8 @@ class Start:
     def __init__(self, config: Config, teacher: Teacher):
         check_lora(config, teacher)
         self.config, self.base, self.lent = config, teacher.denoiser, config.lora != 'none'
-        self.source = self.base.copy() if self.lent else self.base  # as loaded: the base itself is cast
+        some = config.lora in ('fake', 'generator')  # the others have weights of their own, as loaded
+        self.source = self.base.copy() if some else self.base  # for the base itself is cast
         if self.lent:
             self.cast_base()
 
