@@ -4,7 +4,7 @@
 
 # %% ../nbs/7_commands/08_cli.ipynb #ee0f7e27
 from __future__ import annotations
-import importlib, json, logging, os, shutil, sys, textwrap, warnings
+import atexit, importlib, json, logging, os, shutil, sys, textwrap, warnings
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
@@ -19,7 +19,7 @@ from .commands.status import status
 # %% auto #0
 __all__ = ['COMMANDS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'sample', 'is_distributed', 'last_value',
            'pipeline_name', 'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option',
-           'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'main']
+           'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process', 'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -308,8 +308,19 @@ def print_error(error: Exception):
         print(f'sid-lsg: {from_here}', file=sys.stderr)
 
 
+def end_process(status: int):  # exit status of the process
+    """Run the exit handlers, write out what is buffered, and end here. A thread of torch's process groups that lets go
+    of a tensor while Python is being torn down would abort, and the launcher would call a complete run failed"""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
 def main(argv: list[str] | None = None) -> int:  # exit status
-    "The `sid-lsg` command"
+    "The `sid-lsg` command; one of several processes does not return from its own command line"
+    if argv is None and is_distributed():
+        end_process(main(sys.argv[1:]))
     argv = sys.argv[1:] if argv is None else argv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
