@@ -48,6 +48,11 @@ class Discriminator:
     "Reads a layer of the fake as a map of logits: no weights of its own"
 
     layer: str = ''  # of the fake's network; '': the `deepest`
+    roles = ()  # of networks that learn with the fake, for a discriminator with weights of its own
+
+    def build(self, _start) -> dict[str, nn.Module]:  # by role
+        "The networks of its roles"
+        return {}
 
     @contextmanager
     def capture_features(self, net: nn.Module):  # -> a list of what the layer returns, call by call
@@ -68,7 +73,8 @@ class Discriminator:
         finally:
             hook.remove()
 
-    def logits(self, _nets, out, B: int) -> Tensor:  # [B, places]
+    def logits(self, _nets: Networks, out, B: int, _train: bool = False) -> Tensor:  # [B, places]
+        "Of what the layer returned; `_train`: in an update where its roles learn"
         return logit_map(out, B)
 
 # %% ../../nbs/1_method/09_adversary.ipynb #eb532631
@@ -106,7 +112,7 @@ class DiscriminatorLoss:
                 f'real pictures {tuple(x.shape)} do not fit the micro-batch {tuple(draw.z.shape)}; give latents of '
                 f'that shape'
             )
-        s, made = fake.net.schedule, self.discriminator.logits(nets, made, B)
+        s, made = fake.net.schedule, self.discriminator.logits(nets, made, B, True)
         x_t = s.add_noise(x.to(draw.z), draw.eps, draw.t)
         with self.discriminator.capture_features(fake.net) as found:
             predict_guided(
@@ -117,7 +123,7 @@ class DiscriminatorLoss:
                 nets.null,
                 0.0 if kappa.unconditional_fake else 1.0,
             )
-        told = softplus(-self.discriminator.logits(nets, found[-1], B)).mean(1) + softplus(made).mean(1)
+        told = softplus(-self.discriminator.logits(nets, found[-1], B, True)).mean(1) + softplus(made).mean(1)
         return (
             self.weight
             * level_weight(self.level_weight, s.alpha(draw.t), s.sigma(draw.t)).to(told.dtype)

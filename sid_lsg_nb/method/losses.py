@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DISTANCES', 'SPACES', 'LOSSES', 'LEVEL_WEIGHTS', 'Weight', 'WEIGHTS', 'sid_loss', 'Distance', 'squared', 'huber',
            'p_norm', 'distance_of', 'sim_loss', 'di_loss', 'Estimates', 'Loss', 'SiD', 'Fisher', 'SIM', 'DiffInstruct',
-           'level_weight', 'l1_weight', 'no_weight', 'by_level', 'find_weight', 'fake_loss']
+           'try_loss', 'describe', 'level_weight', 'l1_weight', 'no_weight', 'by_level', 'find_weight', 'fake_loss']
 
 # %% ../../nbs/1_method/06_losses.ipynb #2ec3365b
 import math
@@ -132,7 +132,9 @@ class Estimates:
 class Loss(Protocol):
     "A frozen dataclass whose fields are its options, or a function"
     through:bool # does gradient pass through the networks' answers? False: they are asked without a graph
-    def __call__(self, e:Estimates)->Tensor: "[b], unweighted"
+    def __call__(self, e:Estimates)->Tensor:
+        "[b], unweighted"
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,34 @@ LOSSES = { # name: what makes the loss from the settings of a run
     'fisher': lambda _settings: Fisher(),
     'sim':    lambda settings: SIM(settings.distance, settings.space),
     'di':     lambda _settings: DiffInstruct()}
+
+# %% ../../nbs/1_method/06_losses.ipynb #fa164e61
+def try_loss(
+    loss:Loss,
+    shape:tuple=(4, 8, 8), # of one latent
+)->Loss:
+    "The loss itself; raises `InputError` unless it gives each picture a number that depends on this picture alone"
+    name, g = getattr(loss, '__name__', None) or type(loss).__name__, torch.Generator().manual_seed(0)
+    x_g, *ys = (torch.randn(3, *shape, generator=g) for _ in range(4))
+    levels, logits = torch.full((2, 3), .5), torch.randn(3, 4, generator=g)
+    for y in (x_g, *ys[:3 if getattr(loss, 'through', True) else 0]): y.requires_grad_()
+    everything = x_g, *ys, *levels, logits
+    try:
+        together = loss(Estimates(*everything))
+        one_by_one = [loss(Estimates(*(v[i:i + 1] for v in everything))) for i in range(3)]
+    except Exception as e:
+        raise InputError(f'{name} is no loss: with `Estimates` of 3 pictures it raises {type(e).__name__}: {e}') from e
+    if not (torch.is_tensor(together) and together.shape == (3,)):
+        raise InputError(f'{name} is no loss: of 3 pictures it returns {describe(together)}, not a number for each')
+    if not together.requires_grad: raise InputError(f'{name} is no loss: no gradient reaches the picture x_g')
+    if not torch.allclose(together, torch.cat(one_by_one), 1e-3, 1e-6):
+        raise InputError(f'{name} mixes pictures, so that it depends on the micro-batch; write it picture by picture')
+    return loss
+
+
+def describe(value)->str:
+    "What a value is, in a word or two"
+    return f'a tensor {tuple(value.shape)}' if torch.is_tensor(value) else type(value).__name__
 
 # %% ../../nbs/1_method/06_losses.ipynb #cbe94b8f
 LEVEL_WEIGHTS = { # of alpha_t and sigma_t, both [B]

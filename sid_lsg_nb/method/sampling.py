@@ -104,9 +104,17 @@ class Rollout(Protocol):
     "How the generator's picture comes about; pure in the draw, so that it may be called twice"
     times:tuple # of its steps, falling
 
-    def draw(self, draw:Draw, rng:torch.Generator)->Draw: "Add what the rollout itself needs"
-    def prefix(self, net, cond:Cond, draw:Draw)->Tensor: "[b, ...], the steps without gradient"
-    def final(self, net, prefix:Tensor, cond:Cond, draw:Draw)->Tensor: "x_g [b, ...], the step with gradient"
+    def draw(self, draw:Draw, rng:torch.Generator)->Draw:
+        "Add what the rollout itself needs"
+        raise NotImplementedError
+
+    def prefix(self, net, cond:Cond, draw:Draw)->Tensor:
+        "[b, ...], the steps without gradient"
+        raise NotImplementedError
+
+    def final(self, net, prefix:Tensor, cond:Cond, draw:Draw)->Tensor:
+        "x_g [b, ...], the step with gradient"
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,6 @@ def sample_step(
     return int.from_bytes(state[:8], 'big') % steps
 
 
-
 RENOISE = 'fresh', 'fixed' # noise between the steps: new, or the start noise again
 
 
@@ -155,12 +162,14 @@ class FewSteps:
     def times(self)->tuple: return tuple(step_times(self.t_init, self.steps))
 
     def draw(self, draw:Draw, rng:torch.Generator)->Draw:
+        "The step that is trained, and the noise up to it"
         z, k = draw.z, sample_step(rng, self.steps)
         shape = (len(z), k, *z.shape[1:])
         if self.renoise == 'fixed': return replace(draw, k=k, renoise=z[:, None].expand(shape))
         return replace(draw, k=k, renoise=torch.randn(shape, generator=rng, device=z.device, dtype=z.dtype))
 
     def prefix(self, net, cond:Cond, draw:Draw)->Tensor:
+        "What the steps before the trained one make"
         if not draw.k: return torch.zeros_like(draw.z)
         zs = [draw.z, *draw.renoise.unbind(1)[:-1]]
         with torch.no_grad(): return few_steps(net, zs, cond, self.times[:draw.k])

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Networks', 'Update', 'Batch', 'fake_losses', 'estimates', 'generator_grad', 'where_ok', 'frozen', 'run_update',
-           'DistillState', 'distill', 'Term', 'always', 'Switch', 'ScoreTerm', 'sum_of_terms', 'features_of',
+           'DistillState', 'distill', 'Term', 'Critic', 'always', 'Switch', 'ScoreTerm', 'sum_of_terms', 'features_of',
            'ask_teacher', 'ask_fake', 'graph_for', 'Method', 'ScoreDistillation', 'check_method', 'StepResult',
            'Learner', 'column', 'mean_of_repeats', 'split_noise']
 
 # %% ../../nbs/1_method/08_steps.ipynb #d5c3ff15
-from collections import defaultdict
+from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
@@ -177,7 +177,17 @@ class Term(Protocol):
     scale:Callable[[int], float] # its factor, by images seen; 0: it is not asked
     through:bool # does its gradient pass through the networks?
     discriminator:object|None # whose logits it reads, from the fake's forward at x_t
-    def __call__(self, e:Estimates)->Tensor: "[b]"
+    def __call__(self, e:Estimates)->Tensor:
+        "[b]: no row reads another, for a batch may be cut anywhere"
+        raise NotImplementedError
+
+
+class Critic(Protocol):
+    "What the fake learns beside denoising"
+    discriminator:object # reads the fake's features; its `roles` learn with the fake, its `build(start)` makes them
+    def __call__(self, nets:Networks, kappa:Kappa, batch:Batch, draw:Draw, made)->Tensor:
+        "[b]; `made` is what the layer returned for the generator's pictures"
+        raise NotImplementedError
 
 
 def always(_nimg:int)->float:
@@ -219,8 +229,8 @@ def sum_of_terms(method, update:Update, e:Estimates)->Tensor: # [b], nan where a
 
 
 @contextmanager
-def features_of(parts, net:nn.Module): # -> what the layer returned, call by call; nothing is captured where no part has a discriminator
-    "Capture the features that a discriminator reads"
+def features_of(parts, net:nn.Module): # -> what the layer returned, call by call
+    "Capture the features that a discriminator reads; nothing, where no part has one"
     discriminator = next((p.discriminator for p in parts if p.discriminator), None)
     with discriminator.capture_features(net) if discriminator else nullcontext([]) as found: yield found
 
@@ -248,19 +258,37 @@ def graph_for(terms:list): # a context
 class Method(Protocol):
     "What is trained, on which data, by which losses"
     rollout:Rollout # sheets and export read its times
-    def build(self, start)->dict[str, nn.Module]: "What learns beside the generator, by role; `start.copy(role)` copies the teacher"
-    def updates(self, nimg:int)->list[Update]: "One iteration; the last update is the one whose images are counted"
-    def data(self, update:Update)->tuple[str, ...]: "Streams that it reads: 'cond', 'real'"
-    def draw(self, update:Update, shape:tuple, schedule, rng, dtype)->Draw: "All randomness of a whole batch"
-    def losses(self, update:Update, nets:Networks, batch:Batch, draw:Draw)->tuple[Tensor, dict]: "[b]; sums over rows to log"
-    def show(self, nets:Networks, batch:Batch, draw:Draw)->dict[str, Tensor]: "Latents for a person to look at, by name"
+
+    def build(self, start)->dict[str, nn.Module]:
+        "What learns beside the generator, by role; `start` copies the teacher, and measures its features"
+        raise NotImplementedError
+
+    def updates(self, nimg:int)->list[Update]:
+        "One iteration; the last update is the one whose images are counted"
+        raise NotImplementedError
+
+    def data(self, update:Update)->tuple[str, ...]:
+        "Streams that it reads: 'cond', 'real'"
+        raise NotImplementedError
+
+    def draw(self, update:Update, shape:tuple, schedule, rng:torch.Generator, dtype)->Draw:
+        "All randomness of a whole batch"
+        raise NotImplementedError
+
+    def losses(self, update:Update, nets:Networks, batch:Batch, draw:Draw)->tuple[Tensor, dict]:
+        "[b]; sums over rows to log"
+        raise NotImplementedError
+
+    def show(self, nets:Networks, batch:Batch, draw:Draw)->dict[str, Tensor]:
+        "Latents for a person to look at, by name"
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ScoreDistillation:
     "Fake and generator in turn: the fake learns to denoise the generator's pictures, the generator by a list of terms"
     terms:tuple[Term, ...] = (ScoreTerm(),) # of the generator's objective
-    critics:tuple = () # what the fake learns beside denoising
+    critics:tuple[Critic, ...] = () # what the fake learns beside denoising
     rollout:Rollout = OneStep() # how the generator's picture comes about
     kappa:Kappa = Kappa.lsg(1.5) # the four guidance scales
     t_min:float = 20 # x_t is drawn at t in [t_min, t_max): whole numbers for a table, parts of 1 for a flow
@@ -274,10 +302,15 @@ class ScoreDistillation:
 
     def __post_init__(self): check_method(self)
 
-    def build(self, start)->dict[str, nn.Module]: return dict(fake=start.copy('fake'))
+    def build(self, start)->dict[str, nn.Module]:
+        "The fake, and what discriminators bring"
+        own = [c.discriminator.build(start) for c in self.critics]
+        return dict(ChainMap(dict(fake=start.copy('fake')), *own))
 
     def updates(self, nimg:int)->list[Update]:
-        fake = Update(('fake',), nimg, drop_prompts=self.kappa.needs_prompt_dropout)
+        "The fake, so many times, and whoever learns with it; then the generator"
+        with_fake = tuple(role for c in self.critics for role in c.discriminator.roles)
+        fake = Update(('fake', *with_fake), nimg, drop_prompts=self.kappa.needs_prompt_dropout)
         return [fake]*self.fake_updates + [Update(('generator',), nimg, apply=nimg >= self.freeze_generator_until)]
 
     def data(self, update:Update)->tuple[str, ...]:
@@ -301,6 +334,7 @@ class ScoreDistillation:
 
     @torch.no_grad()
     def show(self, nets:Networks, batch:Batch, draw:Draw)->dict[str, Tensor]:
+        "The generator's pictures, and what teacher and fake say to them"
         x_g = generate(self.rollout, nets['generator'].net, batch.cond, draw)
         e = estimates(self, Update(('generator',)), nets, x_g, batch, draw)
         return dict(x_g=x_g, y_real=e.y_real, y_fake=e.y_fake)
@@ -358,7 +392,7 @@ class Learner:
         if getattr(self.optimizer, '_step_supports_amp_scaling', False):
             self.optimizer.found_inf = skipped
             self.optimizer.step()
-        elif not skipped: self.optimizer.step()                                            # 8-bit states: this one has to wait
+        elif not skipped: self.optimizer.step()                              # 8-bit states: this one has to wait
         self.optimizer.zero_grad(set_to_none=True)
 
     def discard(self, *others:'Learner')->StepResult: # as `step`, all 0
