@@ -1,4 +1,8 @@
-"""Every requirement of settings.ini at its lower bound, one line each: `python tests/lowest.py > lowest.txt; pip install -c lowest.txt .`"""
+"""Every requirement of settings.ini at its lower bound, one line each.
+
+    python tests/lowest.py > lowest.txt
+    pip install -c lowest.txt .
+"""
 
 import re, sys
 from configparser import ConfigParser

@@ -1,7 +1,8 @@
-"""The whole loop with a small random teacher of every family: it trains, is saved in its family's way, opens again and draws.
+"""The whole loop with a small random teacher of every family: trained, saved in its family's way, opened again, drawn.
 
-Not one line of the loop knows a family. Everything that may learn has moved, what may not has not, the teacher is what it
-was, nothing was skipped, all numbers are finite; and stock diffusers draws with the saved folder what the generator draws."""
+Not one line of the loop knows a family. Everything that may learn has moved, what may not has not, the teacher is
+what it was, nothing was skipped, all numbers are finite; and stock diffusers draws with the saved folder what the
+generator draws."""
 
 import json
 import shutil

@@ -187,22 +187,40 @@ from sid_lsg_nb.testing import tiny_unet
 from sid_lsg_nb.training.distributed import Team, make_learner, whole
 from sid_lsg_nb.method.schedule import DiscreteSchedule
 team = Team('cpu')
-schedule = DiscreteSchedule.from_scheduler(DDIMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, clip_sample=False))
+scheduler = DDIMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, clip_sample=False)
+schedule = DiscreteSchedule.from_scheduler(scheduler)
+
 def play(how, precision):
-    torch.manual_seed(0); learner = make_learner(team, Denoiser(tiny_unet(), schedule), 1e-3, precision, shard=how == 'slices')
+    torch.manual_seed(0)
+    sliced = how == 'slices'
+    learner = make_learner(team, Denoiser(tiny_unet(), schedule), 1e-3, precision, shard=sliced)
     flat = lambda: torch.cat([whole(p.detach()).flatten().double() for p in learner.net.parameters()])
     weight, said = learner.net.net.conv_out.weight, []
-    for bad in (None, 0, 1, None):                                       # the rank that overflows in this step
-        start, dice = flat(), torch.Generator().manual_seed(7 + team.rank)
-        x, cond = torch.randn(2, 4, 8, 8, generator=dice), dict(encoder_hidden_states=torch.randn(2, 5, 16, generator=dice))
-        hook = weight.register_hook(lambda g: g + torch.inf) if how == 'copies' and bad == team.rank else None    # before the gradients are exchanged
-        with learner.sync(True): learner.objective(learner.train(x, torch.tensor([99, 500]), cond).square().mean((1, 2, 3)), 4).backward()
+
+    for bad in (None, 0, 1, None):  # the rank that overflows in this step
+        start, dice, hook = flat(), torch.Generator().manual_seed(7 + team.rank), None
+        x = torch.randn(2, 4, 8, 8, generator=dice)
+        cond = dict(encoder_hidden_states=torch.randn(2, 5, 16, generator=dice))
+
+        # copies: infinite before the gradients are exchanged
+        if not sliced and bad == team.rank: hook = weight.register_hook(lambda g: g + torch.inf)
+        with learner.sync(True):
+            y = learner.train(x, torch.tensor([99, 500]), cond)
+            learner.objective(y.square().mean((1, 2, 3)), 4).backward()
         if hook: hook.remove()
-        local = weight.grad.to_local() if how == 'slices' else weight.grad
-        if how == 'slices' and bad == team.rank: local.view(-1)[0] = torch.inf                                   # exchanged: in the slice of one
-        here = bool(local.isfinite().all()); skipped = learner.step().skipped.item(); now = flat()
-        said.append(dict(here=here, skipped=skipped, scale=learner.scaler.get_scale() if learner.scaler else 0, moved=not torch.equal(now, start), weights=now.sum().item()))
+
+        # slices: infinite after the exchange, in the slice of one
+        local = weight.grad.to_local() if sliced else weight.grad
+        if sliced and bad == team.rank: local.view(-1)[0] = torch.inf
+
+        here = bool(local.isfinite().all())
+        skipped = learner.step().skipped.item()
+        now = flat()
+        said.append(dict(
+            here=here, skipped=skipped, scale=learner.scaler.get_scale() if learner.scaler else 0,
+            moved=not torch.equal(now, start), weights=now.sum().item()))
     return said
+
 said = {f'{how} {precision}': play(how, precision) for how in ('copies', 'slices') for precision in ('fp16', 'fp32')}
 said = team.all_say(said)
 if team.main: print(json.dumps(said))

@@ -8,7 +8,8 @@ from sid_lsg_nb.core import InputError
 
 TREE = ast.parse(Path(reader.__file__).read_text(encoding='utf-8'))
 NEVER = re.compile(
-    r'(eval|exec|compile|__import__|getattr|setattr|delattr|globals|vars|open_code)|(.*\.)?(import_module|loads?|Unpickler|find_class|system|Popen|run_path|__setstate__)'
+    r'(eval|exec|compile|__import__|getattr|setattr|delattr|globals|vars|open_code)'
+    r'|(.*\.)?(import_module|loads?|Unpickler|find_class|system|Popen|run_path|__setstate__)'
 )
 ALLOWED_CALLS = {
     '_codecs.encode',
@@ -26,9 +27,12 @@ ALLOWED_CALLS = {
     'torch_utils.persistence._reconstruct_persistent_obj',
 }
 OPCODES = set(
-    '''ADDITEMS APPEND APPENDS BINBYTES BINBYTES8 BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT BINUNICODE BINUNICODE8 BUILD EMPTY_DICT EMPTY_LIST
-    EMPTY_SET EMPTY_TUPLE FRAME FROZENSET GLOBAL LONG1 LONG4 LONG_BINGET LONG_BINPUT MARK MEMOIZE NEWFALSE NEWOBJ NEWTRUE NONE PROTO REDUCE SETITEM SETITEMS
-    SHORT_BINBYTES SHORT_BINUNICODE STACK_GLOBAL TUPLE TUPLE1 TUPLE2 TUPLE3'''.split()
+    '''
+    ADDITEMS APPEND APPENDS BINBYTES BINBYTES8 BINFLOAT BINGET BININT BININT1 BININT2 BINPERSID BINPUT
+    BINUNICODE BINUNICODE8 BUILD EMPTY_DICT EMPTY_LIST EMPTY_SET EMPTY_TUPLE FRAME FROZENSET GLOBAL LONG1 LONG4
+    LONG_BINGET LONG_BINPUT MARK MEMOIZE NEWFALSE NEWOBJ NEWTRUE NONE PROTO REDUCE SETITEM SETITEMS
+    SHORT_BINBYTES SHORT_BINUNICODE STACK_GLOBAL TUPLE TUPLE1 TUPLE2 TUPLE3
+    '''.split()
 )
 
 def called(tree):

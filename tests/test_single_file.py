@@ -1,5 +1,7 @@
-"""One .safetensors or .ckpt file in the layout of the original code: what our export writes is read back to the bit, what is
-not whole is refused in one line, and the table of published models fits the published sizes."""
+"""One .safetensors or .ckpt file in the layout of the original code.
+
+What our export writes is read back to the bit, what is not whole is refused in one line, and the table of published
+models fits the published sizes."""
 
 import json
 from types import SimpleNamespace

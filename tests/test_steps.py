@@ -1,6 +1,7 @@
 """The two turns and the loop on small random U-Nets in double precision, against formulas written out in epsilon space.
 
-Three different networks, so that no accident of equality hides a mistake; double precision, so that a difference is not rounding."""
+Three different networks, so that no accident of equality hides a mistake; double precision, so that a difference is
+not rounding."""
 
 import copy, re
 from dataclasses import replace

@@ -1,9 +1,12 @@
-"""A student of Stable Diffusion 1.5's size, with random weights, drawn by stable-diffusion.cpp: does it take every tensor of the single file and of the LoRA?
+"""A student of Stable Diffusion 1.5's size, with random weights, drawn by stable-diffusion.cpp.
+
+Does the program take every tensor of the single file and of the LoRA?
 
     python tests/clients/stable_diffusion_cpp.py FOLDER [--python PYTHON]
 
-Not part of CI: the first call builds the program from its package `stable-diffusion-cpp-python` in FOLDER/venv (about ten minutes on two cores;
-PYTHON is an interpreter that has it already) and needs 10 GB of memory. What was taken and dropped is written to FOLDER/stable_diffusion_cpp.json."""
+Not part of CI: the first call builds the program from its package `stable-diffusion-cpp-python` in FOLDER/venv
+(about ten minutes on two cores; PYTHON is an interpreter that has it already) and needs 10 GB of memory. What was
+taken and dropped is written to FOLDER/stable_diffusion_cpp.json."""
 
 import argparse, json, os, platform, re, subprocess, sys, venv
 from datetime import date
@@ -19,7 +22,8 @@ import json, sys
 from stable_diffusion_cpp import StableDiffusion
 model, folder, prompt, out = sys.argv[1:]
 sd = StableDiffusion(model_path=model, lora_model_dir=folder, verbose=True)
-picture, = sd.generate_image(prompt=prompt, width=64, height=64, seed=1, cfg_scale=1.0, sample_method='euler', sigmas='2.5017,0.0')
+settings = dict(width=64, height=64, seed=1, cfg_scale=1.0, sample_method='euler', sigmas='2.5017,0.0')
+picture, = sd.generate_image(prompt=prompt, **settings)
 picture.save(out)
 """
 
