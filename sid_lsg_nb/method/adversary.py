@@ -89,10 +89,8 @@ class AdversarialTerm:
     through = True
 
     def __call__(self, e: Estimates) -> Tensor:  # [b]
-        told = softplus(-e.logits.clamp(-10, 10)).mean(1)
-        bce = torch.where(e.ok, told, 0).sum() / e.ok.sum().clamp(min=1)
-        omega = self.omega(e)
-        return self.weight * e.x_g[0].numel() * bce * torch.where(e.ok, omega, 0)
+        bce = softplus(-e.logits.clamp(-10, 10)).mean(1)
+        return self.weight * e.x_g[0].numel() * bce * self.omega(e)
 
 
 @dataclass(frozen=True)
