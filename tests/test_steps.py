@@ -411,6 +411,20 @@ def test_a_broken_picture_is_left_out(value, gradient):
     assert (int(row['dropped']), float(row['skipped'])) == (1, 0.0)
     assert row['loss'].isfinite() and row['fisher'].isfinite() and row['norm'] > 0
 
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+def test_the_fake_learns_from_the_pictures_that_are_whole(value):
+    "A picture that the generator broke counts as one that was not there; an infinite gradient still skips the step"
+    found, m, keep = {}, method(), torch.tensor([0, 2])
+    for case, gen, d, cond in (
+        ('hurt', Broken(GEN_NET, 1, value), NOISE, COND), ('well', GEN_NET, rows_of(NOISE, keep), cond_slice(COND, keep))):
+        nets = networks(gen=gen)
+        fake, step = nets['fake'], nets['fake'].step
+        fake.step = lambda: (found.update({case: flat(p.grad for p in fake.net.parameters())}), step())[1]
+        found[case, 'row'] = run_update(m, FAKE, nets, [Batch(cond)], [d])
+    close(found['hurt'], found['well'] * 2 / 3, 1e-12)
+    row = found['hurt', 'row']
+    assert (int(row['dropped']), float(row['skipped'])) == (1, 0.0) and row['loss'].isfinite()
+
 def test_a_broken_step_is_skipped():
     "When the network that learns breaks: weights and second moments stay, bit for bit"
     m, nets = method(kappa=Kappa()), networks()

@@ -62,6 +62,8 @@ def fake_losses(
 )->Tensor: # [b]
     "Denoise the generator's pictures, guided with kappa1; and what the critics add"
     with torch.no_grad(): x_g = generate(method.rollout, nets['generator'].net, batch.cond, draw)
+    ok = x_g.isfinite().flatten(1).all(1)                           # one that is not would reach every weight: 0*nan
+    x_g = where_ok(ok, x_g)
     schedule = nets['fake'].net.schedule
     x_t = schedule.add_noise(x_g, draw.eps, draw.t)
     with features_of(method.critics, nets['fake'].net) as found:
@@ -69,7 +71,7 @@ def fake_losses(
     weight = level_weight(method.fake_loss_weight, schedule.alpha(draw.t), schedule.sigma(draw.t)).to(x_g.dtype)
     losses = fake_loss(y_fake, x_g, weight)
     for critic in method.critics: losses = losses + critic(nets, method.kappa, batch, draw, found[-1])
-    return losses
+    return torch.where(ok, losses, torch.nan)
 
 # %% ../../nbs/1_method/08_steps.ipynb #e7c0f6f4
 def estimates(
