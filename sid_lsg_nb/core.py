@@ -21,7 +21,7 @@ else:                                                           # so that the do
     np, Image = SimpleNamespace(ndarray='ndarray'), SimpleNamespace(Image='Image')
 
 # %% auto #0
-__all__ = ['Cond', 'HOST', 'UNREADABLE', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError',
+__all__ = ['Cond', 'UNREADABLE', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError',
            'pick_device', 'rng', 'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device',
            'cond_to', 'RunError', 'remove_path', 'clean_up', 'fsync_paths', 'replace_folder', 'atomic_folder',
            'atomic_file', 'atomic_write', 'read_jsonl', 'read_json', 'read_json_or', 'to_uint8', 'image_grid']
@@ -133,18 +133,18 @@ class RunError(RuntimeError):
     "A run that had to end, although what the user gave was fine; the message is one line that says how to go on"
 
 # %% ../nbs/00_core.ipynb #9c2afbd6
-HOST = re.sub(r'\W', '_', platform.node() or 'localhost')
+_HOST = re.sub(r'\W', '_', platform.node() or 'localhost')
 _mine, _count = set(), itertools.count()                        # temporary folders that this process is writing
 
 def _temporary(path:Path, end:str='tmp')->Path:
     "A hidden name beside `path` that says who writes"
-    return path.with_name(f'.{path.name}.{HOST}.{os.getpid()}-{next(_count)}.{end}')
+    return path.with_name(f'.{path.name}.{_HOST}.{os.getpid()}-{next(_count)}.{end}')
 
 def _left_behind(path:Path)->bool:
     "Was it left by a process of this machine that is gone? Another machine's cannot be judged"
     import psutil
     owner = re.fullmatch(r'\..+\.(\w+)\.(\d+)-\d+\.(tmp|old)', path.name)
-    if not owner or owner[1] != HOST: return False
+    if not owner or owner[1] != _HOST: return False
     return path not in _mine if int(owner[2]) == os.getpid() else not psutil.pid_exists(int(owner[2]))
 
 def remove_path(path):

@@ -108,7 +108,7 @@ def test_what_another_process_is_writing_stays(tmp_path):
     dead.wait()
     live, other, left = (
         tmp_path / f'.{5:012d}.{h}.{pid}-0.tmp'
-        for h, pid in ((core.HOST, sleeper.pid), ('elsewhere', dead.pid), (core.HOST, dead.pid))
+        for h, pid in ((core._HOST, sleeper.pid), ('elsewhere', dead.pid), (core._HOST, dead.pid))
     )
     for f in (live, other, left):
         f.mkdir()

@@ -87,6 +87,7 @@ def text_batches(
     first, micro_batch = shard[0]*size, micro_batch or size
 
     def data(update:Update)->list[Batch]:
+        "This process's part of the next batch, cut into micro-batches"
         prompts = stream.take(batch, slice(first, first + size))
         if update.drop_prompts: prompts = drop_prompts(prompts, proportion_empty_prompts, rng, first, batch)
         return [Batch(text(prompts[i:i + micro_batch])) for i in range(0, size, micro_batch)]

@@ -61,4 +61,5 @@ class RealBatches:
         rank, world = self.shard
         size = self.batch//world
         mine = self.stream.take(self.batch, slice(rank*size, (rank + 1)*size))
-        return [to_device(self.latents[mine[i:i + self.micro_batch]], self.device) for i in range(0, size, self.micro_batch)]
+        cuts = range(0, size, self.micro_batch)
+        return [to_device(self.latents[mine[i:i + self.micro_batch]], self.device) for i in cuts]
