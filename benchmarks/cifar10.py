@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from tqdm import tqdm
-from sid_lsg_nb.commands.bench import machine
+from sid_lsg_nb.commands.bench import machine_info
 from sid_lsg_nb.training.checkpoint import CheckpointError, checkpoints, load_latest, save_checkpoint
 from sid_lsg_nb.data.prompt_stream import PromptStream
 from sid_lsg_nb.core import (
@@ -505,7 +505,7 @@ def keep(run, root: Path, notes: Notes, facts: dict, net: bool):
     if not net:
         return
     run.save(folder := root / 'nets' / f'{run.nimg:012d}')
-    m = machine(run.device)
+    m = machine_info(run.device)
     more = dict(
         images=run.nimg,
         minutes=round(notes.minutes, 2),
@@ -684,7 +684,7 @@ def score_one(o: Options, who: str, images: ImageSet, facts: dict, features: Fea
         features=features,
         compute=Compute(device=str(pick_device(o.device)), num_workers=os.cpu_count(), batch_size=o.draw),
     )
-    m = machine(features.device)
+    m = machine_info(features.device)
     print(r.line().partition(' | ')[0])
     score = dict(
         n=images.n,
@@ -723,7 +723,7 @@ def score_all(o: Options):
     ]
     for m in o.methods:
         newest(o, m)
-    first = dict(who='test', size='', classes=0, device=machine(features.device)['device'], images=0)
+    first = dict(who='test', size='', classes=0, device=machine_info(features.device)['device'], images=0)
     n = min(o.n, 10_000)
     jobs = [('test', first, lambda: reals(load_data(o)['test_x'], n, 'CIFAR-10 test'), n)]
     for who, folder in found:

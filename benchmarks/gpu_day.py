@@ -151,7 +151,7 @@ def losses(config, n: int):
 
         def draw(self, update, shape, schedule, generator, dtype):
             d = job.method.draw(update, shape, schedule, generator, dtype)
-            return replace(d, **{k: getattr(d, k).to(job.team.device) for k in ('z', 'eps', 't')})
+            return replace(d, **{k: getattr(d, k).to(job.processes.device) for k in ('z', 'eps', 't')})
 
     for _, s in zip(
         range(n),
@@ -226,7 +226,7 @@ def waits(r: Report):
             job = setup(bundled(r.o, **settings))
             it = iterate(job)
             next(it)
-            with no_waits(job.team.device):
+            with no_waits(job.processes.device):
                 next(it), next(it)
             r.add(**{f'waits_{name}': 'none'})
 
@@ -394,12 +394,12 @@ def torch_cat(parts):
 def official(r: Report, teacher, precision: str, rounds: int) -> dict:
     "Images per second of that structure, on the weights of this teacher"
     import torch
-    from sid_lsg_nb.commands.bench import clock
+    from sid_lsg_nb.commands.bench import time_call
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     o, prompts = Official(teacher, precision), [f'a picture of thing {i}' for i in range(rounds)]
     o.iterate(prompts)
-    seconds = [clock(lambda: o.iterate(prompts), torch.device(teacher.device)) for _ in range(2)]
+    seconds = [time_call(lambda: o.iterate(prompts), torch.device(teacher.device)) for _ in range(2)]
     return dict(
         precision=precision, micro=1, rounds=rounds, seconds=round(min(seconds), 4),
         img_per_s=round(rounds / min(seconds), 3))
@@ -490,7 +490,7 @@ def small(r: Report):
     "Presets for 24 and 12 GB, with the card's memory capped to that"
     import torch
     from sid_lsg_nb.commands.bench import measure
-    from sid_lsg_nb.training.memory import SHAPES, budget, meta_unet
+    from sid_lsg_nb.training.memory import SHAPES, memory_budget, meta_unet
     from sid_lsg_nb.training.config import teacher_shapes
 
     device, home = device_of(r.o), Path(tempfile.mkdtemp())
@@ -502,7 +502,7 @@ def small(r: Report):
                 torch.cuda.set_per_process_memory_fraction(min(1.0, gb * 1e9 / torch.cuda.mem_get_info()[1]))
             tiny = r.o.tiny and small_teacher(r.o, home)
             shapes = teacher_shapes(str(home / 'tiny')) if tiny else SHAPES['sd15']
-            held = budget(
+            held = memory_budget(
                 meta_unet(shapes[0]), *shapes[1:], **settings | dict(precision=low, sequential_gradient=True))
             counted = sum(held.values()) / 2**30
             found = measure(
@@ -529,23 +529,23 @@ def ranks(o):
     import torch, torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from sid_lsg_nb.training.checkpoint import load_latest
-    from sid_lsg_nb.training.distributed import Team
+    from sid_lsg_nb.training.distributed import Distributed
     from sid_lsg_nb.training.trainer import iterate, restore, save, setup
 
-    if os.environ['WORLD_SIZE'] == '1':  # a team of one starts no group by itself
+    if os.environ['WORLD_SIZE'] == '1':  # one process starts no group by itself
         dist.init_process_group('gloo' if o.device == 'cpu' or not torch.cuda.is_available() else 'nccl')
-    team, out = Team(o.device), {}
+    processes, out = Distributed(o.device), {}
     for how in ('copies', 'slices'):
 
         def job():
             return setup(
                 bundled(
-                    o, total_batch_size=2 * team.world, micro_batch=None, fsdp=how == 'slices',
-                    device=str(team.device)),
-                team)
+                    o, total_batch_size=2 * processes.world, micro_batch=None, fsdp=how == 'slices',
+                    device=str(processes.device)),
+                processes)
 
         a, b = job(), job()
-        for l in [*a.nets.learners.values(), *b.nets.learners.values()] if how == 'copies' and team.world == 1 else ():
+        for l in [*a.nets.learners.values(), *b.nets.learners.values()] if how == 'copies' and processes.world == 1 else ():
             l.train = l.net.with_net(
                 DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False)
             )
@@ -556,11 +556,11 @@ def ranks(o):
         one, two = next(it), next(iterate(b))
         pair = [float(s.logs['fisher']) for s in (one, two)]
         out[how] = dict(fisher=pair, ok=abs(pair[0] / pair[1] - 1) < 1e-3)
-    if team.main:
+    if processes.is_main:
         facts = dict(
-            backend=dist.get_backend(), world=team.world, device=str(team.device), torch=torch.__version__)
+            backend=dist.get_backend(), world=processes.world, device=str(processes.device), torch=torch.__version__)
         (Path(o.out) / 'ranks.json').write_text(json.dumps(out | facts))
-    team.leave()
+    processes.close()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -583,7 +583,7 @@ def sampling(r: Report):
     "One step of a stock pipeline, against its UNet and its VAE alone"
     import torch
     from diffusers import StableDiffusionPipeline
-    from sid_lsg_nb.commands.bench import clock
+    from sid_lsg_nb.commands.bench import time_call
     from sid_lsg_nb.teachers.student import Student, one_step_scheduler
 
     home, low = Path(tempfile.mkdtemp()), torch.float32 if r.o.tiny else torch.float16
@@ -607,7 +607,7 @@ def sampling(r: Report):
 
         draw = lambda: student(['a thing'] * n, range(n))
         draw(), bare()
-        turns = [(clock(draw, device), clock(bare, device)) for _ in range(2 if r.o.tiny else 7)]
+        turns = [(time_call(draw, device), time_call(bare, device)) for _ in range(2 if r.o.tiny else 7)]
         mid = lambda k: sorted(t[k] for t in turns)[len(turns) // 2]
         found[f'batch {n}'] = dict(
             seconds=round(mid(0), 5), unet_and_vae=round(mid(1), 5), ratio=round(mid(0) / mid(1), 3),

@@ -289,9 +289,9 @@ def read_command(argv: list[str]):  # an instance of one of the dataclasses
     """`parse`, and numbers that cannot work are told before the long imports; what is wrong in one of several
     processes is raised in all"""
     if is_distributed() and argv[:1] == ['distill']:
-        from sid_lsg_nb.training.distributed import heard_by_all
+        from sid_lsg_nb.training.distributed import raised_on_all_ranks
 
-        with heard_by_all(last_value(argv, '--device', 'auto')):
+        with raised_on_all_ranks(last_value(argv, '--device', 'auto')):
             return parse(argv)
     args = parse(argv)
     return check(args) if isinstance(args, Config) else args
@@ -301,9 +301,9 @@ def print_error(error: Exception):
     "One line for an error that ends the command; of several processes one speaks"
     from_here = str(error)
     if is_distributed():
-        from sid_lsg_nb.training.distributed import said_here
+        from sid_lsg_nb.training.distributed import message_for_this_rank
 
-        from_here = said_here(error, os.environ)
+        from_here = message_for_this_rank(error, os.environ)
     if from_here:
         print(f'sid-lsg: {from_here}', file=sys.stderr)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from sid_lsg_nb import core
-from sid_lsg_nb.training.checkpoint import checkpoints, load_latest, numbered, save_checkpoint
+from sid_lsg_nb.training.checkpoint import checkpoints, load_latest, numbered_folders, save_checkpoint
 from sid_lsg_nb.core import atomic_file, atomic_folder, clean_up
-from sid_lsg_nb.export.formats import write_whole
+from sid_lsg_nb.export.formats import write_safetensors
 
 TRACED = core.__file__, checkpoints.__code__.co_filename, sys.modules['shutil'].__file__
 
@@ -143,7 +143,7 @@ def test_strangers_are_not_counted_nor_touched(tmp_path, keep):
     names = strange(tmp_path)
     before = {p: p.stat().st_mtime_ns for name in names for p in (tmp_path / name).rglob('*')}
     assert {p.name for p in checkpoints(tmp_path)} == {f'{n:012d}' for n in (1, 2)[-keep:]} and len(
-        numbered(tmp_path)
+        numbered_folders(tmp_path)
     ) > keep
     with pytest.warns(UserWarning, match='is left alone'):
         assert load_latest(tmp_path)[1]['n'] == 2
@@ -179,7 +179,7 @@ def test_modes_are_what_the_umask_says(tmp_path, mask):
         save_checkpoint(tmp_path / 'checkpoints', 1, dict(x=torch.ones(3)))
         with atomic_file(tmp_path / 'single.safetensors') as f:
             os.close(os.open(f, os.O_CREAT | os.O_WRONLY, 0o600))
-        write_whole(dict(x=torch.ones(3)), tmp_path / 'exported.safetensors')
+        write_safetensors(dict(x=torch.ones(3)), tmp_path / 'exported.safetensors')
     finally:
         os.umask(old)
     for p in (p for p in tmp_path.rglob('*')):

@@ -184,26 +184,26 @@ import json, torch
 from diffusers import DDIMScheduler
 from sid_lsg_nb.teachers.denoiser import Denoiser
 from sid_lsg_nb.testing import tiny_unet
-from sid_lsg_nb.training.distributed import Team, make_learner, whole
+from sid_lsg_nb.training.distributed import Distributed, make_learner, gather_full
 from sid_lsg_nb.method.schedule import DiscreteSchedule
-team = Team('cpu')
+processes = Distributed('cpu')
 scheduler = DDIMScheduler(beta_schedule='scaled_linear', beta_start=.00085, beta_end=.012, clip_sample=False)
 schedule = DiscreteSchedule.from_scheduler(scheduler)
 
 def play(how, precision):
     torch.manual_seed(0)
     sliced = how == 'slices'
-    learner = make_learner(team, Denoiser(tiny_unet(), schedule), 1e-3, precision, shard=sliced)
-    flat = lambda: torch.cat([whole(p.detach()).flatten().double() for p in learner.net.parameters()])
+    learner = make_learner(processes, Denoiser(tiny_unet(), schedule), 1e-3, precision, shard=sliced)
+    flat = lambda: torch.cat([gather_full(p.detach()).flatten().double() for p in learner.net.parameters()])
     weight, said = learner.net.net.conv_out.weight, []
 
     for bad in (None, 0, 1, None):  # the rank that overflows in this step
-        start, dice, hook = flat(), torch.Generator().manual_seed(7 + team.rank), None
+        start, dice, hook = flat(), torch.Generator().manual_seed(7 + processes.rank), None
         x = torch.randn(2, 4, 8, 8, generator=dice)
         cond = dict(encoder_hidden_states=torch.randn(2, 5, 16, generator=dice))
 
         # copies: infinite before the gradients are exchanged
-        if not sliced and bad == team.rank: hook = weight.register_hook(lambda g: g + torch.inf)
+        if not sliced and bad == processes.rank: hook = weight.register_hook(lambda g: g + torch.inf)
         with learner.sync(True):
             y = learner.train(x, torch.tensor([99, 500]), cond)
             learner.objective(y.square().mean((1, 2, 3)), 4).backward()
@@ -211,7 +211,7 @@ def play(how, precision):
 
         # slices: infinite after the exchange, in the slice of one
         local = weight.grad.to_local() if sliced else weight.grad
-        if sliced and bad == team.rank: local.view(-1)[0] = torch.inf
+        if sliced and bad == processes.rank: local.view(-1)[0] = torch.inf
 
         here = bool(local.isfinite().all())
         skipped = learner.step().skipped.item()
@@ -222,9 +222,9 @@ def play(how, precision):
     return said
 
 said = {f'{how} {precision}': play(how, precision) for how in ('copies', 'slices') for precision in ('fp16', 'fp32')}
-said = team.all_say(said)
-if team.main: print(json.dumps(said))
-team.leave()
+said = processes.all_gather(said)
+if processes.is_main: print(json.dumps(said))
+processes.close()
 """
 
 def test_an_overflow_of_one_is_skipped_by_both(tmp_path):

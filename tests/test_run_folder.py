@@ -139,7 +139,7 @@ def hit(monkeypatch, where, name, *signals):
 
 @pytest.mark.parametrize('when', ['setup', 'state_of', 'save_student'])
 def test_signals_at_any_time_leave_a_checkpoint(home, tmp_path, monkeypatch, when):
-    monkeypatch.setattr(trainer, 'at_keyboard', lambda: False)  # a batch job
+    monkeypatch.setattr(trainer, 'is_interactive', lambda: False)  # a batch job
     hit(
         monkeypatch,
         trainer,

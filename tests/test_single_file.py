@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from sid_lsg_nb.core import InputError, max_abs, noise_for
-from sid_lsg_nb.export.formats import single_file, unet_key, vae_key
+from sid_lsg_nb.export.formats import save_single_file, unet_key, vae_key
 from sid_lsg_nb.teachers import single_file as S
 from sid_lsg_nb.teachers.denoiser import load_sd, sd_teacher
 from sid_lsg_nb.teachers.loading import find_class, load_part_config
@@ -21,7 +21,7 @@ def bundled(tmp_path_factory):
     "The bundled teacher, and the same as one file"
     tmp, teacher = tmp_path_factory.mktemp('single'), load_sd()
     out = save_student(teacher, teacher.denoiser, tmp / 'student')
-    file = single_file(out, tmp / 'one.safetensors', torch.float32)
+    file = save_single_file(out, tmp / 'one.safetensors', torch.float32)
     return SimpleNamespace(teacher=teacher, tmp=tmp, file=file, state=load_file(file))
 
 # ---- out and in again

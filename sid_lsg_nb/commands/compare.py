@@ -21,7 +21,7 @@ from ..core import DISAGREEMENT, EMBEDDED, InputError, atomic_write, pick_device
 from ..data.prompt_stream import PromptStream
 from ..data.prompts import open_prompts
 from ..metrics.protocols import ScoreResult, incompatible_fields, load_result
-from ..export.model_card import protocol
+from ..export.model_card import describe_protocol
 from ..training.config import Config
 from ..training.drawing import in_batches
 from .options import Compare
@@ -37,7 +37,7 @@ def read_final_scores(s:ImageSource)->list[dict]: # name, how, values
     if not file.is_file(): return []
     try:
         rows = json.loads(file.read_text(encoding='utf-8'))
-        return [dict(name=str(r['name']), how='tiny: ' + protocol(r), values={k: float(r[k]) for k in FINAL_SCORES})
+        return [dict(name=str(r['name']), how='tiny: ' + describe_protocol(r), values={k: float(r[k]) for k in FINAL_SCORES})
                 for r in rows]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError(f'{str(file)!r} is no closing table ({type(e).__name__}); '

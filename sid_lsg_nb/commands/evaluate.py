@@ -20,7 +20,7 @@ from ..data.prompts import count_seen, prompt_hashes, open_prompts
 from ..metrics.clip import ClipScore, load_clip_score, load_reward
 from ..metrics.features import INCEPTION, Compute, FeatureNetwork, bundled_feature_network, download_inception
 from ..metrics.protocols import PROTOCOLS, Protocol, ScoreResult, find_protocol, one_line_warnings, score_images
-from ..training.distributed import Team
+from ..training.distributed import Distributed
 from .options import Evaluate
 from .sources import ImageSource, check_sampling, make_sampler, open_source, require_writable
 
@@ -131,14 +131,14 @@ def sampled_images(args:Evaluate, s:ImageSource, p:Protocol, device)->tuple[Imag
     return generated_images(sampler, captions, seeds, args.batch, precision, f'{s.name}{at}, {how}'), p
 
 
-def choose_features(args:Evaluate, p:Protocol, team:Team)->tuple[FeatureNetwork|str|None, Protocol]:
+def choose_features(args:Evaluate, p:Protocol, processes:Distributed)->tuple[FeatureNetwork|str|None, Protocol]:
     "What `--inception` means; the protocol has another name if the bundled scorer takes Inception's place"
     if args.inception == 'bundled':
-        features = bundled_feature_network(device=team.device)
+        features = bundled_feature_network(device=processes.device)
         if p.features == features.name: return features, p
         return features, replace(p, name=f'{p.name}-bundled-scorer', features=features.name)
     if args.inception: return args.inception, p
-    return (team.first(lambda: str(download_inception())) if p.features == INCEPTION else None), p
+    return (processes.run_on_main(lambda: str(download_inception())) if p.features == INCEPTION else None), p
 
 # %% ../../nbs/7_commands/05_evaluate.ipynb #11f063bf
 def trained_on(s:ImageSource, captions:list[str]|None)->int|None:
@@ -179,18 +179,18 @@ def evaluate(args:Evaluate)->ScoreResult: # the same in every process
     check_sampling(s, args.steps, args.kappa)
     p = choose_protocol(args, s)
     out = check_evaluate(args, s)
-    team = Team(args.device)
-    images, p = images_to_score(args, s, p, team.device)
-    clip, p = choose_clip(args.clip, p, team.device)
-    rewards = [load_reward(spec, team.device) for spec in args.rewards]
-    features, p = choose_features(args, p, team)
+    processes = Distributed(args.device)
+    images, p = images_to_score(args, s, p, processes.device)
+    clip, p = choose_clip(args.clip, p, processes.device)
+    rewards = [load_reward(spec, processes.device) for spec in args.rewards]
+    features, p = choose_features(args, p, processes)
     reference = Path(args.reference).expanduser() if args.reference else None
-    with one_line_warnings(team.main):
+    with one_line_warnings(processes.is_main):
         r = score_images(images, p, reference=reference, features=features, clip=clip, rewards=rewards,
-                         compute=Compute(device=team.device, rank=team.rank, world_size=team.world, batch_size=args.batch))
+                         compute=Compute(device=processes.device, rank=processes.rank, world_size=processes.world, batch_size=args.batch))
     r = replace(r, trained_on=trained_on(s, images.captions))
-    if team.main: report(r, s, images, out if args.out else next_free_file(s.home, r.protocol.name))
-    team.leave()
+    if processes.is_main: report(r, s, images, out if args.out else next_free_file(s.home, r.protocol.name))
+    processes.close()
     return r
 
 

@@ -16,7 +16,7 @@ import torch
 from ..core import InputError
 from ..teachers.edm import is_edm
 from ..teachers.registry import open_student, open_teacher
-from ..export.model_card import origin
+from ..export.model_card import public_name
 from ..training.config import Config, run_title, saved_config
 from ..training.drawing import many_step_draw
 
@@ -76,7 +76,7 @@ def run_summary(s:ImageSource)->dict[str, str]:
         'lr': f'{c.lr:g}' + (f', fake {c.lr_fake:g}' if c.lr_fake != c.lr else ''),
         'precision': c.precision + (f', LoRA {c.lora}' if c.lora != 'none' else ''),
         'batch': f'{c.total_batch_size}',
-        'teacher': origin(c.teacher)[0],
+        'teacher': public_name(c.teacher)[0],
         'seed': f'{c.seed}',
     }
 

@@ -315,11 +315,11 @@ def check_gan_times(config: Config):
 
 def resolve(config: Config, world: int = 1) -> Config:
     "Checked, with total_batch_size, micro_batch and gradient_accumulation_steps worked out; raises `InputError`"
-    from sid_lsg_nb.training.distributed import divide
+    from sid_lsg_nb.training.distributed import split_batch
 
     check(config)
     c = with_gan_times(config)
-    batch, micro, rounds = divide(c.total_batch_size, c.micro_batch, c.gradient_accumulation_steps, world)
+    batch, micro, rounds = split_batch(c.total_batch_size, c.micro_batch, c.gradient_accumulation_steps, world)
     require_one_batch(c.max_train_images, batch)
     return replace(c, total_batch_size=batch, micro_batch=micro, gradient_accumulation_steps=rounds)
 
@@ -667,13 +667,13 @@ def estimate_time(
 
 def print_memory(config: Config):
     "The memory of one process, counted from the shapes of a known teacher"
-    from sid_lsg_nb.training.memory import budget, meta_unet, print_budget
+    from sid_lsg_nb.training.memory import memory_budget, meta_unet, print_memory_budget
 
     c, shapes = config, teacher_shapes(config.teacher)
     if shapes is None:
         print(f'memory: unknown for this kind of teacher, or before {c.teacher!r} is fetched')
         return
-    parts = budget(
+    parts = memory_budget(
         meta_unet(shapes[0]),
         *shapes[1:],
         micro_batch=c.micro_batch,
@@ -687,7 +687,7 @@ def print_memory(config: Config):
         use_8bit_adam=c.use_8bit_adam,
     )
     before = ' (before sharding)' if c.fsdp else ''
-    print_budget(f'memory per process, counted from shapes; workspaces come on top{before}:', parts)
+    print_memory_budget(f'memory per process, counted from shapes; workspaces come on top{before}:', parts)
 
 
 def files_of(config: Config) -> str:

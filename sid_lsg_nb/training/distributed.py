@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SCALE', 'precision_of',
-           'allow_tf32', 'Place', 'place_of', 'forget_foreign', 'device_of', 'meet', 'shared_error', 'heard_by_all',
-           'said_here', 'versions', 'Team', 'divide', 'copies', 'slices', 'whole', 'cut_like', 'make_learner']
+           'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of', 'init_processes',
+           'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'versions', 'Distributed', 'split_batch',
+           'wrap_ddp', 'shard_fsdp', 'gather_full', 'shard_like', 'make_learner']
 
 # %% ../../nbs/6_training/02_distributed.ipynb #3258027c
 import os, socket, sys, threading
@@ -82,7 +83,7 @@ PLACE = ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT')
 
 
 @dataclass(frozen=True)
-class Place:
+class Launcher:
     "What the environment says about this process"
 
     rank: int = 0
@@ -102,11 +103,11 @@ def _number(env: Mapping, word: str) -> int:
     )
 
 
-def place_of(env: Mapping) -> Place:  # of words and values, such as `os.environ`
+def read_launcher(env: Mapping) -> Launcher:  # of words and values, such as `os.environ`
     "Rank and world as torchrun tells them; raises `InputError` for words that cannot be meant"
     world = _number(env, 'WORLD_SIZE') if env.get('WORLD_SIZE') else 1
     if world <= 1:
-        return Place(notes=(*_alone(env), *_asked(env)))
+        return Launcher(notes=(*_alone(env), *_asked(env)))
     if missing := [word for word in PLACE if not env.get(word)]:
         raise InputError(
             f'the environment says WORLD_SIZE={world} and nothing of {", ".join(missing)}; start with {TORCHRUN} '
@@ -118,7 +119,7 @@ def place_of(env: Mapping) -> Place:  # of words and values, such as `os.environ
             f'the environment says RANK={rank} of WORLD_SIZE={world}; start with {TORCHRUN} or, for one process, '
             f'unset WORLD_SIZE'
         )
-    return Place(rank, world, local, tuple(_asked(env)))
+    return Launcher(rank, world, local, tuple(_asked(env)))
 
 
 def _alone(env: Mapping) -> list[str]:
@@ -157,7 +158,7 @@ def _asked(env: Mapping) -> list[str]:
     return ['ignored in the environment: ' + ', '.join(asked)] if asked else []
 
 
-def forget_foreign(env, world: int):
+def drop_foreign_variables(env, world: int):
     "Take out of an environment what libraries would act upon"
     stale = () if world > 1 else PLACE
     for word in [w for w in env if w.startswith(FOREIGN) or w in stale]:
@@ -183,11 +184,11 @@ def device_of(device: str, local: int) -> torch.device:  # as asked for; the ran
     return torch.device(kind.type, local)
 
 
-def meet(team, patience: float = 30.0):  # seconds until it says whom it waits for
+def init_processes(processes, patience: float = 30.0):  # seconds until it says whom it waits for
     "Find the other processes"
     where = f'{os.environ["MASTER_ADDR"]}:{os.environ["MASTER_PORT"]}'
     say = lambda: print(
-        f'sid-lsg: process {team.rank} of {team.world} has waited {patience:g} s for the others at {where}; if '
+        f'sid-lsg: process {processes.rank} of {processes.world} has waited {patience:g} s for the others at {where}; if '
         f'there are none: unset {" ".join(PLACE)}',
         file=sys.stderr,
         flush=True)
@@ -196,11 +197,11 @@ def meet(team, patience: float = 30.0):  # seconds until it says whom it waits f
     timer.start()
     try:
         dist.init_process_group(
-            dict(cuda='nccl', xpu='xccl').get(team.device.type, 'gloo'), rank=team.rank, world_size=team.world
+            dict(cuda='nccl', xpu='xccl').get(processes.device.type, 'gloo'), rank=processes.rank, world_size=processes.world
         )
     except (dist.DistError, RuntimeError, ValueError) as e:
         raise InputError(
-            f'process {team.rank} of {team.world} did not find the others at {where} '
+            f'process {processes.rank} of {processes.world} did not find the others at {where} '
             f'({str(e).splitlines()[0][:120]}); start with {TORCHRUN} or, for one process, unset '
             + ' '.join(PLACE)
         ) from e
@@ -231,23 +232,23 @@ def _told(error: Exception, cause: Exception | None = None) -> Exception:
 
 
 @contextmanager
-def heard_by_all(device: str = 'auto'):
+def raised_on_all_ranks(device: str = 'auto'):
     """An `InputError` inside, before this process has met the others, is raised in all: they come to an `agreed`
-    of `Team` next"""
+    of `Distributed` next"""
     try:
         yield
     except InputError as e:
-        if place_of(os.environ).world == 1:
+        if read_launcher(os.environ).world == 1:
             raise
         error = e
 
         def fail():
             raise error
 
-        Team(device).agreed(fail)
+        Distributed(device).agreed(fail)
 
 
-def said_here(error: Exception, env: Mapping) -> str:  # '' where another process of this machine says it
+def message_for_this_rank(error: Exception, env: Mapping) -> str:  # '' where another process of this machine says it
     "The words for an error that ends this process: what all were told is said once a machine, the rest with its place"
     if env.get('WORLD_SIZE', '1') in ('', '1') or not env.get('RANK'):
         return str(error)
@@ -263,91 +264,91 @@ def versions() -> dict[str, str]:
     }
 
 # %% ../../nbs/6_training/02_distributed.ipynb #e13fd0e5
-class Team:
+class Distributed:
     """The processes of one run, and this one's place among them; raises `InputError` for an environment that no
     launcher makes"""
 
     def __init__(
         self, device: str = 'auto'
     ):  # auto, cpu, cuda, cuda:1, mps; with several processes each takes the GPU of its rank
-        place = place_of(os.environ)
-        self.rank, self.world, self.main, self.notes = place.rank, place.world, place.rank == 0, place.notes
-        forget_foreign(os.environ, self.world)
+        place = read_launcher(os.environ)
+        self.rank, self.world, self.is_main, self.notes = place.rank, place.world, place.rank == 0, place.notes
+        drop_foreign_variables(os.environ, self.world)
         self.device = pick_device(device) if self.world == 1 else device_of(device, place.local)
         if self.world > 1 and not dist.is_initialized():
-            meet(self)
-        self.channel = dist.new_group(backend='gloo') if self.world > 1 else None
+            init_processes(self)
+        self.group = dist.new_group(backend='gloo') if self.world > 1 else None
 
     @property
     def shard(self) -> tuple[int, int]:
         return self.rank, self.world
 
-    def wait(self):
+    def barrier(self):
         "Until all are here"
-        if self.channel:
-            dist.barrier(group=self.channel)
+        if self.group:
+            dist.barrier(group=self.group)
 
-    def any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         "True in all if it is true in one"
-        if not self.channel:
+        if not self.group:
             return flag
-        dist.all_reduce(t := torch.tensor(int(flag)), op=dist.ReduceOp.MAX, group=self.channel)
+        dist.all_reduce(t := torch.tensor(int(flag)), op=dist.ReduceOp.MAX, group=self.group)
         return bool(t)
 
-    def all_say(self, value) -> list:
+    def all_gather(self, value) -> list:
         "What each process has to say, in all, by rank"
-        if not self.channel:
+        if not self.group:
             return [value]
-        dist.all_gather_object(said := [None] * self.world, value, group=self.channel)
+        dist.all_gather_object(said := [None] * self.world, value, group=self.group)
         return said
 
-    def tell(self, value):
+    def broadcast(self, value):
         "What the first process has to say, in all"
-        if self.channel:
-            dist.broadcast_object_list(box := [value], src=0, group=self.channel)
+        if self.group:
+            dist.broadcast_object_list(box := [value], src=0, group=self.group)
             return box[0]
         return value
 
-    def send(self, tree):
+    def broadcast_tree(self, tree):
         "A tree of tensors and plain values that the first process has, in all, one tensor at a time"
-        if not self.channel:
+        if not self.group:
             return tree
-        skeleton, tensors = split(tree) if self.main else (None, {})
-        skeleton, shapes = self.tell((skeleton, {k: (t.shape, t.dtype) for k, t in tensors.items()}))
+        skeleton, tensors = split(tree) if self.is_main else (None, {})
+        skeleton, shapes = self.broadcast((skeleton, {k: (t.shape, t.dtype) for k, t in tensors.items()}))
         for k, (shape, dtype) in shapes.items():
-            tensors[k] = tensors[k].cpu().contiguous() if self.main else torch.empty(shape, dtype=dtype)
+            tensors[k] = tensors[k].cpu().contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
             dist.broadcast(
                 tensors[k].view(-1).view(torch.uint8) if tensors[k].numel() else tensors[k], src=0,
-                group=self.channel)
+                group=self.group)
         return join(skeleton, tensors)
 
-    def first(self, work):
+    def run_on_main(self, work):
         "Let the first process do something, and tell all: what came out, or what went wrong"
-        return self.tell(self.agreed(work if self.main else lambda: None))
+        return self.broadcast(self.run_on_all(work if self.is_main else lambda: None))
 
-    def agreed(self, work):
+    def run_on_all(self, work):
         """What `work()` returns here; if it raises in one process it raises in all, with the same words and where
         it was"""
         result = error = None
         try:
             result = work()
         except Exception as e:
-            if not self.channel:
+            if not self.group:
                 raise
             error = e
-        told = self.all_say(error and (type(error).__name__, str(error), socket.gethostname()))
+        told = self.all_gather(error and (type(error).__name__, str(error), socket.gethostname()))
         if any(told):
-            self.wait()
+            self.barrier()
             raise shared_error(told, error)
         return result
 
-    def same(self, facts: dict[str, str]):
+    def require_same(self, facts: dict[str, str]):
         "Raise `InputError` in all if a fact is another one in some process"
-        told = self.all_say((facts, socket.gethostname()))
+        told = self.all_gather((facts, socket.gethostname()))
         (first, home), *others = told
         for rank, (theirs, host) in enumerate(others, 1):
             for what in (k for k in first if first[k] != theirs[k]):
-                self.wait()
+                self.barrier()
                 raise _told(
                     InputError(
                         f'{what} is not the same for all processes: {first[what]} for rank 0 on {home}, '
@@ -357,19 +358,19 @@ class Team:
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         "The average of each number over the processes"
-        if not self.channel:
+        if not self.group:
             return values
-        dist.all_reduce(t := torch.tensor(list(values.values()), dtype=torch.float64), group=self.channel)
+        dist.all_reduce(t := torch.tensor(list(values.values()), dtype=torch.float64), group=self.group)
         return dict(zip(values, (t / self.world).tolist()))
 
-    def leave(self):
+    def close(self):
         "Meet, then end: a process that goes while others still talk to it makes them fail"
-        if self.channel:
-            self.wait()
+        if self.group:
+            self.barrier()
             dist.destroy_process_group()
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2f4a19b8
-def divide(
+def split_batch(
     total_batch_size: int,  # images per step, of all processes together; 0: whatever comes out of the others
     micro_batch: int | None,  # at most so many at once in one process; None: whatever comes out
     gradient_accumulation_steps: int | None,  # micro-batches per step and process; None: whatever comes out
@@ -409,14 +410,14 @@ def divide(
     return batch, micro, share // micro
 
 # %% ../../nbs/6_training/02_distributed.ipynb #504c1c37
-def copies(team: Team, net: Denoiser) -> dict:  # train, sync: for a `Learner`
-    "Let the processes of a team train copies of a network"
-    if team.world == 1:
+def wrap_ddp(processes: Distributed, net: Denoiser) -> dict:  # train, sync: for a `Learner`
+    "Let the processes train copies of a network"
+    if processes.world == 1:
         return {}
-    net.to(team.device)
+    net.to(processes.device)
     wrapped = DistributedDataParallel(
         net.net,
-        device_ids=None if team.device.type == 'cpu' else [team.device.index],
+        device_ids=None if processes.device.type == 'cpu' else [processes.device.index],
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
     )
@@ -432,15 +433,15 @@ def copies(team: Team, net: Denoiser) -> dict:  # train, sync: for a `Learner`
     return dict(train=net.with_net(wrapped), sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2fc73db2
-def slices(team: Team, net: Denoiser) -> dict:  # sync: for a `Learner`
-    "Cut a network's weights into one slice per process, in place; a team of one can do it too"
+def shard_fsdp(processes: Distributed, net: Denoiser) -> dict:  # sync: for a `Learner`
+    "Cut a network's weights into one slice per process, in place; one process can do it too"
     if not dist.is_initialized() and 'TORCHELASTIC_RUN_ID' in os.environ:
         dist.init_process_group(
             store=dist.HashStore(), rank=0, world_size=1
         )  # one process, started by torchrun
     if not dist.is_initialized():
         raise InputError(f'--fsdp needs processes; start with {TORCHRUN}')
-    mesh = init_device_mesh(team.device.type, (team.world,))
+    mesh = init_device_mesh(processes.device.type, (processes.world,))
     blocks = [block for child in net.net.children() if isinstance(child, nn.ModuleList) for block in child]
     for module in (*blocks, net.net):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # at rest everything is slices
@@ -453,24 +454,24 @@ def slices(team: Team, net: Denoiser) -> dict:  # sync: for a `Learner`
     return dict(sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #a90b5aff
-def whole(tree):
+def gather_full(tree):
     "The same tree of dicts, lists and tensors, with sliced tensors put together; all processes must call it"
     if isinstance(tree, DTensor):
         return tree.full_tensor()
     if isinstance(tree, dict):
-        return {k: whole(v) for k, v in tree.items()}
-    return type(tree)(map(whole, tree)) if isinstance(tree, (list, tuple)) else tree
+        return {k: gather_full(v) for k, v in tree.items()}
+    return type(tree)(map(gather_full, tree)) if isinstance(tree, (list, tuple)) else tree
 
 
-def cut_like(tree, model):
+def shard_like(tree, model):
     "The same tree with every tensor sliced as its counterpart in `model` is"
     if isinstance(model, DTensor):
         return distribute_tensor(
             tree.to(model.device), model.device_mesh, model.placements, src_data_rank=None
         )
     if isinstance(tree, dict):
-        return {k: cut_like(v, model[k]) for k, v in tree.items()}
-    return type(tree)(map(cut_like, tree, model)) if isinstance(tree, (list, tuple)) else tree
+        return {k: shard_like(v, model[k]) for k, v in tree.items()}
+    return type(tree)(map(shard_like, tree, model)) if isinstance(tree, (list, tuple)) else tree
 
 # %% ../../nbs/6_training/02_distributed.ipynb #d1f5fe59
 SCALE = (
@@ -479,7 +480,7 @@ SCALE = (
 
 
 def make_learner(
-    team: Team,
+    processes: Distributed,
     net: Denoiser,  # will learn, all of it or what is not frozen; its weights are cast, and cut if `shard`
     lr: float,
     precision: str = 'fp32',  # a name in `PRECISIONS`
@@ -488,21 +489,21 @@ def make_learner(
     eps: float | None = None,  # Adam's; None: the precision's
     use_8bit_adam: bool = False,  # its states in 8 bits
 ) -> Learner:
-    "A network ready to learn on this team"
+    "A network ready to learn in these processes"
     p = precision_of(precision)
     net.autocast = p.autocast
     if not any(q.requires_grad for q in net.parameters()):
         net.requires_grad_(True)  # a LoRA that was switched off; what `copy` froze stays frozen
     if next(net.parameters()).dtype != torch.float64:
         net.to(p.weights)  # double precision stays, for comparisons
-    together = (slices if shard else copies)(team, net)
+    together = (shard_fsdp if shard else wrap_ddp)(processes, net)
     optimizer = make_adam(
         [q for q in net.parameters() if q.requires_grad], lr=lr, eps=eps or p.eps, use_8bit_adam=use_8bit_adam
     )
     return Learner(
         net,
         optimizer,
-        scaler=torch.amp.GradScaler(team.device.type, init_scale=SCALE) if p.scaler else None,
+        scaler=torch.amp.GradScaler(processes.device.type, init_scale=SCALE) if p.scaler else None,
         clip=clip,
         **together,
     )

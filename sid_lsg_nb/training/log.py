@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from accelerate import Accelerator
 from ..core import RunError, atomic_write
 from ..method.steps import DistillState
-from .distributed import Team
+from .distributed import Distributed
 from .config import Config, log_rows
 
 # %% ../../nbs/6_training/05_log.ipynb #acac05f9
@@ -23,9 +23,9 @@ class Log:
     def __init__(self,
         file, # log.jsonl of the run
         nimg:int=0, # images seen so far; lines after them, of a run that was killed, are taken back
-        team=None, # processes whose numbers are averaged; the first one writes
+        processes=None, # processes whose numbers are averaged; the first one writes
     ):
-        self.file, self.team, self._tick = Path(file), team, time.perf_counter()
+        self.file, self.processes, self._tick = Path(file), processes, time.perf_counter()
         lines, bad = log_rows(self.file)
         self.rows = [r for r in lines if r['nimg'] <= nimg]
         self._sums, self._n = defaultdict(float), 0
@@ -35,7 +35,7 @@ class Log:
             atomic_write(self.file, ''.join(json.dumps(r) + '\n' for r in self.rows))
 
     @property
-    def _writes(self)->bool: return self.team is None or self.team.main
+    def _writes(self)->bool: return self.processes is None or self.processes.is_main
 
     def add(self, s:DistillState):
         "Count one iteration in, without waiting for the device"
@@ -58,8 +58,8 @@ class Log:
     def _means(self)->dict:
         "The line, from the sums of all processes"
         sums = {k: float(v) for k, v in self._sums.items()}
-        if self.team: sums = self.team.mean(sums)
-        world = self.team.world if self.team else 1
+        if self.processes: sums = self.processes.mean(sums)
+        world = self.processes.world if self.processes else 1
         steps = {k: self._n - sums['skipped' + k[4:]] for k in sums if k[:4] == 'norm'} # a skipped step has no norm
         counts = {k: round(v*(world if k.startswith('drop') else 1)) for k, v in sums.items() if k[:4] in ('skip', 'drop')}
         means = {k: round(v/max(1, steps.get(k, self._n)), 6) for k, v in sums.items() if k not in counts}
@@ -82,13 +82,13 @@ class Log:
 def tracker(
     config:Config,
     folder:Path, # of the run
-    team:Team,
+    processes:Distributed,
     rows=(), # of the log so far
 )->SimpleNamespace: # `log(row)` and `end()`; they do nothing where nothing is to be sent
     "Send lines of the log where `config.report_to` says"
     to = config.report_to
-    if to == 'none' or not team.main: return SimpleNamespace(log=lambda row: None, end=lambda: None)
-    a = Accelerator(cpu=team.device.type == 'cpu', mixed_precision='no', log_with=to, project_dir=str(folder))
+    if to == 'none' or not processes.is_main: return SimpleNamespace(log=lambda row: None, end=lambda: None)
+    a = Accelerator(cpu=processes.device.type == 'cpu', mixed_precision='no', log_with=to, project_dir=str(folder))
     old = [*(folder/'tensorboard').glob('events.out.tfevents.*')]
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
     ident = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]     # wandb drops steps that it has, which are the same

@@ -13,7 +13,7 @@ from datetime import date
 from pathlib import Path
 import torch
 from sid_lsg_nb.commands.bench import random_teacher
-from sid_lsg_nb.export.formats import kohya_names, single_file, write_whole
+from sid_lsg_nb.export.formats import kohya_names, save_single_file, write_safetensors
 from sid_lsg_nb.teachers.student import save_student
 
 VERSION, RANK, T_INIT = '0.4.7', 4, 625
@@ -51,9 +51,9 @@ def make(folder: Path) -> dict:  # counts of tensors
         state[f'{name}.lora_A.weight'] = torch.randn(RANK, inner, *kernel, dtype=torch.float16) / 100
         state[f'{name}.lora_B.weight'] = torch.randn(out, RANK, *[1] * len(kernel), dtype=torch.float16) / 100
     (folder / 'lora').mkdir(exist_ok=True)
-    write_whole(kohya_names(state), folder / 'lora/student.safetensors')
+    write_safetensors(kohya_names(state), folder / 'lora/student.safetensors')
     save_student(teacher, teacher.denoiser, folder / 'student', T_INIT)
-    single_file(folder / 'student', folder / 'student.safetensors', torch.float16)
+    save_single_file(folder / 'student', folder / 'student.safetensors', torch.float16)
     return dict(lora_layers=len(state) // 2, lora_tensors=len(kohya_names(state)))
 
 def draw(python, folder: Path, prompt: str, out: str) -> str:  # what the program said
