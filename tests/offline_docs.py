@@ -70,6 +70,7 @@ def code_md(cell, stem, i, out):
     opts, code = options(''.join(cell['source']))
     if opts.get('include') == 'false': return []
     shown = [f'```python\n{code}\n```'] if code.strip() and opts.get('echo') != 'false' else []
+    if opts.get('code-fold') == 'true': shown = ['<details><summary>Code</summary>', *shown, '</details>']
     outputs = [] if opts.get('output') == 'false' else cell.get('outputs', [])
     caption = opts.get('fig-cap', '')
     made = [output_md(o, stem, f'cell-{i}-output-{j}', out, caption) for j, o in enumerate(outputs)]
