@@ -4,7 +4,7 @@
 
 # %% ../nbs/7_commands/08_cli.ipynb #ee0f7e27
 from __future__ import annotations
-import atexit, importlib, json, logging, os, shutil, sys, textwrap, warnings
+import atexit, importlib, json, logging, os, shlex, shutil, sys, textwrap, warnings
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
@@ -13,13 +13,14 @@ from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
 from .training.config import GROUPS, PRESETS, DEFAULT_PRESETS, Config, check, config_from_dict, grouped_settings
-from .training.config import resume_folder, saved_config, settings_in_file
+from .training.config import resume_folder, saved_config, settings_in_file, split_method
 from .commands.status import status
 
 # %% auto #0
 __all__ = ['COMMANDS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'sample', 'is_distributed', 'last_value',
            'pipeline_name', 'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option',
-           'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process', 'main']
+           'require_named', 'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process',
+           'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -247,6 +248,14 @@ def without_option(argv: list[str], name: str) -> list[str]:
     return out
 
 
+def require_named(config: Config, argv: list[str]):
+    "Raise `InputError` where a folder or a file of settings, not this line, names code to run"
+    if split_method(config.method) and not last_value(argv, '--method'):
+        raise InputError(
+            f'these settings run code of your own, {config.method}; if you trust it, name it on this line: '
+            f'--method {shlex.quote(config.method)}')
+
+
 def command_of(args):  # what `parse` gave
     "The function behind it"
     module, _, name = COMMANDS[type(args)][-1].rpartition('.')
@@ -265,7 +274,7 @@ def parse(argv: list[str]):  # an instance of one of the dataclasses
         Annotated[kind, tyro.conf.subcommand(name, description=text, **given.get(kind, {}))]
         for kind, (name, text, _) in COMMANDS.items()
     ]
-    return tyro.cli(
+    args = tyro.cli(
         Union[tuple(rows)],
         prog='sid-lsg',
         args=argv,
@@ -273,6 +282,9 @@ def parse(argv: list[str]):  # an instance of one of the dataclasses
                     'images.',
         config=(tyro.conf.OmitSubcommandPrefixes,),
     )
+    if isinstance(args, Config):
+        require_named(args, argv)
+    return args
 
 # %% ../nbs/7_commands/08_cli.ipynb #2383dddd
 def silence_libraries():

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['CARD', 'USE', 'USE_EDM', 'ELSEWHERE', 'LSG', 'SIM', 'BY', 'PRIVATE', 'SHOWN', 'REFUSALS', 'public_name',
            'inherited_license', 'markdown_table', 'describe_protocol', 'score_section', 'describe_prompts',
-           'library_versions', 'card_data', 'StudentStart', 'CardText', 'recipe_table', 'training_line', 'start_lines',
-           'license_words', 'example', 'model_card', 'read_start', 'write_card', 'require_complete', 'push_to_hub']
+           'library_versions', 'card_data', 'method_name', 'StudentStart', 'CardText', 'recipe_table', 'training_line',
+           'start_lines', 'license_words', 'example', 'model_card', 'read_start', 'write_card', 'require_complete',
+           'push_to_hub']
 
 # %% ../../nbs/5_export/02_model_card.ipynb #9368df49
 import hashlib, json, math, platform, re, shutil
@@ -223,6 +224,11 @@ BY = dict(
     di='the integral KL gradient of [Diff-Instruct](https://arxiv.org/abs/2305.18455)',
 )
 
+
+def method_name(method:str)->str: # of a run's settings
+    "What the card calls it; of a file only its name"
+    return BY.get(method, f'a method of its own (`{Path(method).name}`)')
+
 # %% ../../nbs/5_export/02_model_card.ipynb #c2d8d662
 @dataclass(frozen=True)
 class StudentStart:
@@ -249,7 +255,10 @@ SHOWN = 'fisher', 'loss', 'loss_fake', 'img_per_s' # of the last line of the log
 
 def recipe_table(config:dict)->str:
     "The settings that a run was made with; of paths only what names them to others"
-    def public(k, v): return public_name(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v
+    def public(k, v):
+        if k == 'method': return Path(v).name # of FILE.py:NAME without its folder
+        return public_name(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v
+
     told = {k: public(k, v) for k, v in config.items() if v not in (None, '', [], ()) and k not in PRIVATE}
     return markdown_table([dict(setting=k, value=f'`{v}`') for k, v in told.items()], ['setting', 'value'])
 
@@ -306,7 +315,7 @@ def model_card(
         picture=f'\n![Samples]({text.picture})\n' if text.picture else '',
         use=example(start, text, config['teacher']),
         begins=start_lines(start),
-        method=BY[config.get('method', 'sid')],
+        method=method_name(config.get('method', 'sid')),
         scores=score_section(scores),
         trained=training_line(config, log_rows),
         recipe=recipe_table(config),

@@ -4,9 +4,10 @@
 
 # %% ../../nbs/6_training/04_config.ipynb #2b164f45
 from __future__ import annotations
-import importlib.util, itertools, json, math, re, yaml
+import hashlib, importlib.util, itertools, json, math, re, shlex, sys, yaml
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin, get_type_hints
 from ..core import InputError, atomic_write, read_json, read_jsonl
 from ..method.guidance import Kappa
@@ -15,15 +16,16 @@ if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
-__all__ = ['GROUPS', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'SD15', 'SD21', 'SD21_768', 'SDXL', 'PIXART', 'SD3', 'SANA',
-           'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD', 'TWO_AT_ONCE', 'ALL_FP16', 'PUBLISHED',
-           'COMMON', 'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'OF_ONE_RUN',
-           'TIMED', 'Config', 'grouped_settings', 'guidance_scales', 'check', 'check_batches', 'require_one_batch',
-           'with_gan_times', 'check_combinations', 'check_files', 'check_gan_times', 'resolve', 'recipe_of', 'lr_of',
-           'run_title', 'preset_from_row', 'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows',
-           'has_type', 'config_from_dict', 'settings_in_file', 'saved_config', 'has_started', 'resume_folder',
-           'changed_settings', 'teacher_shapes', 'count_weights', 'estimate_time', 'print_memory', 'files_of',
-           'dry_run']
+__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'SD15', 'SD21', 'SD21_768', 'SDXL', 'PIXART',
+           'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD', 'TWO_AT_ONCE', 'ALL_FP16',
+           'PUBLISHED', 'COMMON', 'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS',
+           'OF_ONE_RUN', 'TIMED', 'Config', 'grouped_settings', 'guidance_scales', 'split_method', 'read_method',
+           'with_method_sha', 'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command',
+           'check', 'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations', 'check_files',
+           'check_gan_times', 'resolve', 'recipe_of', 'lr_of', 'run_title', 'preset_from_row', 'require_run_folder',
+           'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type', 'config_from_dict', 'settings_in_file',
+           'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'teacher_shapes', 'count_weights',
+           'estimate_time', 'print_memory', 'files_of', 'dry_run']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -55,8 +57,11 @@ class Config:
     kappa2: float | None = None    # override: the fake, inside y_real - y_fake
     kappa3: float | None = None    # override: the fake, inside y_fake - x_g
     kappa4: float | None = None    # override: the teacher
-    # member of the loss family: SiD with alpha, exact Fisher, SIM with a distance, Diff-Instruct
-    method: Literal['sid', 'fisher', 'sim', 'di'] = 'sid'
+    # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
+    # (Diff-Instruct); or FILE.py:NAME, a loss or a method of your own. Naming a file runs it
+    method: str = 'sid'
+    # SHA-256 of the file of your own method, filled in when a run begins: the run goes on with no other
+    method_sha256: str = ''
     alpha: float = 1.0             # SiD's loss coefficient; the published text-to-image value
     # of sim: l2, huber:C0, huber-abs:C, p:P; huber keeps single samples from pulling too hard
     distance: str = 'huber'
@@ -68,6 +73,8 @@ class Config:
     # of the fake's loss; snr is the plain error of epsilon
     fake_loss_weight: Literal[
         'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr'
+    # of the fake, each with its own prompts and noise, before each of the generator; DMD2 takes 5 to 10
+    fake_updates: int = 1
     # how t is drawn: uniform, karras, edm[:MEAN,STD], logit-normal[:MEAN,STD]
     timestep_sampling: str = 'uniform'
     timestep_sampling_fake: str | None = None # the same in the fake's steps; default: the same
@@ -186,12 +193,77 @@ def guidance_scales(config:Config)->Kappa:
     own = {k: v for k in ('kappa1', 'kappa2', 'kappa3', 'kappa4') if (v := getattr(config, k)) is not None}
     return replace(base, **own)
 
+# %% ../../nbs/6_training/04_config.ipynb #ownmeth1
+def split_method(method:str)->tuple[Path, str]|None: # the file, the name in it; None: the name of a row
+    "What FILE.py:NAME says"
+    found = re.fullmatch(r'(.+\.py):([A-Za-z_]\w*)', method)
+    return (Path(found[1]).expanduser(), found[2]) if found else None
+
+
+def read_method(file:Path)->bytes:
+    "A method's file; raises `InputError` if it cannot be read"
+    try: return file.read_bytes()
+    except OSError as e:
+        raise InputError(f'--method {file} cannot be read ({type(e).__name__}); give FILE.py:NAME') from e
+
+
+def with_method_sha(config:Config)->Config:
+    "The config with the SHA-256 of its method's file; raises `InputError` if the file is another than before"
+    own = split_method(config.method)
+    sha = hashlib.sha256(read_method(own[0])).hexdigest() if own else ''
+    require_same_method(config.method_sha256, sha)
+    return replace(config, method_sha256=sha)
+
+
+def require_same_method(was:str, now:str): # SHA-256, '' for none
+    "Raise `InputError` for a file that has changed"
+    if '' in (was, now) or was == now: return
+    raise InputError(f'the file of --method has changed since the run began (sha256 {was[:12]}, now {now[:12]}); '
+                     f'restore it (the run folder has a copy, {METHOD_COPY}), or start a new run')
+
+
+def run_method_file(file:Path)->ModuleType:
+    "Its module: run once, and again only when it has changed; raises `InputError` for code that fails"
+    source = read_method(file)
+    name = f'sid_lsg_method_{hashlib.sha256(source + bytes(file.absolute())).hexdigest()[:16]}'
+    if name in sys.modules: return sys.modules[name]
+    module = sys.modules[name] = ModuleType(name)
+    module.__file__ = str(file)
+    try: exec(compile(source, str(file), 'exec'), vars(module))
+    except Exception as e:
+        del sys.modules[name]
+        raise InputError(f'--method {file} cannot be run: {type(e).__name__}: {" ".join(str(e).split())}') from e
+    return module
+
+
+def own_method(config:Config): # what NAME is, in FILE.py:NAME; else the name of a row
+    "What makes the method; runs the file that the config names; raises `InputError` for a name that is not in it"
+    own = split_method(config.method)
+    if own is None: return config.method
+    file, name = own
+    module = run_method_file(file)
+    if hasattr(module, name): return getattr(module, name)
+    names = ', '.join(k for k, v in vars(module).items() if getattr(v, '__module__', '') == module.__name__)
+    raise InputError(f'--method: {file} has no {name!r}; it has {names or "nothing of its own"}')
+
+
+METHOD_COPY = 'method.py' # in the run folder
+def copy_method(config:Config, folder:Path):
+    "Keep a method's file with its run"
+    if own := split_method(config.method): atomic_write(folder/METHOD_COPY, read_method(own[0]))
+
+
+def resume_command(config:Config, folder)->str:
+    "The line that goes on with a run: code of one's own is named anew"
+    own = f' --method {shlex.quote(config.method)}' if split_method(config.method) else ''
+    return f'sid-lsg distill --resume {folder}{own}'
+
 # %% ../../nbs/6_training/04_config.ipynb #175240f4
 POSITIVE = 'lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'
 NOT_NEGATIVE = (
     'log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every',
     'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start')
-AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank'
+AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank', 'fake_updates'
 
 
 def check(config: Config) -> Config:
@@ -318,7 +390,7 @@ def resolve(config: Config, world: int = 1) -> Config:
     from sid_lsg_nb.training.distributed import split_batch
 
     check(config)
-    c = with_gan_times(config)
+    c = with_method_sha(with_gan_times(config))
     batch, micro, rounds = split_batch(c.total_batch_size, c.micro_batch, c.gradient_accumulation_steps, world)
     require_one_batch(c.max_train_images, batch)
     return replace(c, total_batch_size=batch, micro_batch=micro, gradient_accumulation_steps=rounds)
@@ -340,15 +412,15 @@ def recipe_of(
     own = {
         k: getattr(c, k)
         for k in (
-            'alpha', 'loss_weight', 'method', 'distance', 'space', 'timestep_sampling', 'timestep_sampling_fake',
-            'fake_loss_weight', 'student_steps', 'renoise')
+            'alpha', 'loss_weight', 'distance', 'space', 'timestep_sampling', 'timestep_sampling_fake',
+            'fake_loss_weight', 'fake_updates', 'student_steps', 'renoise')
     }
     times = dict(
         t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init
     )
     gradient = generator_grad_sequential if c.sequential_gradient or c.lora != 'none' else generator_grad
     return Recipe(
-        kappa=guidance_scales(c), adversary=adversary if c.real_images else None, gradient=gradient, **times, **own)
+        method=own_method(c), kappa=guidance_scales(c), adversary=adversary if c.real_images else None, gradient=gradient, **times, **own)
 
 
 def lr_of(config: Config, role: str) -> float:
@@ -359,7 +431,8 @@ def lr_of(config: Config, role: str) -> float:
 def run_title(config: Config) -> str:
     "kappa1..kappa4 and the loss, for titles"
     k, c = guidance_scales(config), config
-    loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, c.method) # without PyTorch
+    own = Path(c.method).name # FILE.py:NAME without its folder
+    loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, own) # without PyTorch
     steps = f', {c.student_steps} steps' if c.student_steps > 1 else ''
     return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}{steps}'
 
@@ -437,7 +510,7 @@ DEFAULT_PRESETS = dict( # the row to start from, by the teacher's family, if non
 # %% ../../nbs/6_training/04_config.ipynb #c12fd6eb
 LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
 RUN_FILES = ('config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png',
-             'samples', 'checkpoints', 'generator', 'tensorboard')
+             'samples', 'checkpoints', 'generator', 'tensorboard', METHOD_COPY)
 def require_run_folder(folder:Path)->Path:
     "A folder where a run began and reached no checkpoint; raises `InputError` for one that holds anything else"
     others = [folder.name]
@@ -475,6 +548,7 @@ def run_folder(config:Config)->Path:
     for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()     # of an attempt that reached no checkpoint
     (folder/'samples').mkdir(exist_ok=True)
     settings = asdict(with_gan_times(replace(config, resume='')))
+    copy_method(config, folder)
     atomic_write(folder/'config.json', json.dumps(settings, indent=1) + '\n')
     return folder
 
@@ -583,6 +657,7 @@ def resume_folder(config: Config) -> Path | None:  # None: start a new run
 
 def changed_settings(old: Config, new: Config) -> list[str]:
     "Names of settings that differ, also of prompts and teacher that moved; raises `InputError` for `FIXED_SETTINGS`"
+    require_same_method(old.method_sha256, new.method_sha256)
     names = [f.name for f in fields(Config) if f.name not in OF_ONE_RUN]
     keys = [k for k in names if getattr(old, k) != getattr(new, k)]
     wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED_SETTINGS]
@@ -646,6 +721,8 @@ def estimate_time(
     same = TIMED + ('lora_rank',) * (config.lora != 'none')
     teacher = {SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher)
     guided, ema = guidance_scales(config) != Kappa(), 'ema' in config.offload
+    if config.fake_updates > 1 or split_method(config.method):
+        return ''
     wanted = {k: getattr(config, k) for k in same} | dict(teacher=teacher, guided=guided, ema=ema)
     for r in rows:
         done = r['settings']
@@ -714,7 +791,8 @@ def dry_run(config: Config, world: int = 1):
     iterations = math.ceil(c.max_train_images / c.total_batch_size)
     print(
         f'\none iteration: {c.total_batch_size} images = {size}, '
-        f'for the fake and again for the generator; {iterations:,} iterations'
+        f'for the fake{f", {c.fake_updates} times," * (c.fake_updates > 1)} and again for the generator; '
+        f'{iterations:,} iterations'
     )
     print_memory(c)
     if world == 1 and c.device != 'cpu' and torch.cuda.is_available():

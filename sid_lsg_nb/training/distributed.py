@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SCALE', 'precision_of',
            'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of', 'init_processes',
            'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'versions', 'Distributed', 'split_batch',
-           'wrap_ddp', 'shard_fsdp', 'gather_full', 'shard_like', 'make_learner']
+           'inner', 'wrap_ddp', 'shard_fsdp', 'gather_full', 'shard_like', 'make_learner']
 
 # %% ../../nbs/6_training/02_distributed.ipynb #3258027c
 import os, socket, sys, threading
@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from .. import __version__
 from ..core import InputError, pick_device
 from .checkpoint import CheckpointError, join, split
-from ..teachers.denoiser import Denoiser
 from ..method.steps import Learner
 from ..method.optim import make_adam
 
@@ -410,13 +409,18 @@ def split_batch(
     return batch, micro, share // micro
 
 # %% ../../nbs/6_training/02_distributed.ipynb #504c1c37
-def wrap_ddp(processes: Distributed, net: Denoiser) -> dict:  # train, sync: for a `Learner`
+def inner(net: nn.Module) -> nn.Module:
+    "The module with the weights: a denoiser's network, or the net itself"
+    return net.net if hasattr(net, 'with_net') else net
+
+
+def wrap_ddp(processes: Distributed, net: nn.Module) -> dict:  # train, sync: for a `Learner`
     "Let the processes train copies of a network"
     if processes.world == 1:
         return {}
     net.to(processes.device)
     wrapped = DistributedDataParallel(
-        net.net,
+        inner(net),
         device_ids=None if processes.device.type == 'cpu' else [processes.device.index],
         gradient_as_bucket_view=True,
         broadcast_buffers=False,
@@ -430,10 +434,10 @@ def wrap_ddp(processes: Distributed, net: Denoiser) -> dict:  # train, sync: for
             with wrapped.no_sync():
                 yield
 
-    return dict(train=net.with_net(wrapped), sync=sync)
+    return dict(train=net.with_net(wrapped) if hasattr(net, 'with_net') else wrapped, sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2fc73db2
-def shard_fsdp(processes: Distributed, net: Denoiser) -> dict:  # sync: for a `Learner`
+def shard_fsdp(processes: Distributed, net: nn.Module) -> dict:  # sync: for a `Learner`
     "Cut a network's weights into one slice per process, in place; one process can do it too"
     if not dist.is_initialized() and 'TORCHELASTIC_RUN_ID' in os.environ:
         dist.init_process_group(
@@ -442,13 +446,14 @@ def shard_fsdp(processes: Distributed, net: Denoiser) -> dict:  # sync: for a `L
     if not dist.is_initialized():
         raise InputError(f'--fsdp needs processes; start with {TORCHRUN}')
     mesh = init_device_mesh(processes.device.type, (processes.world,))
-    blocks = [block for child in net.net.children() if isinstance(child, nn.ModuleList) for block in child]
-    for module in (*blocks, net.net):
+    whole_net = inner(net)
+    blocks = [block for child in whole_net.children() if isinstance(child, nn.ModuleList) for block in child]
+    for module in (*blocks, whole_net):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # at rest everything is slices
 
     @contextmanager
     def sync(last):
-        net.net.set_requires_gradient_sync(last)
+        whole_net.set_requires_gradient_sync(last)
         yield
 
     return dict(sync=sync)
@@ -481,7 +486,7 @@ SCALE = (
 
 def make_learner(
     processes: Distributed,
-    net: Denoiser,  # will learn, all of it or what is not frozen; its weights are cast, and cut if `shard`
+    net: nn.Module,  # a denoiser or another network: learns all that is not frozen; cast, and cut if `shard`
     lr: float,
     precision: str = 'fp32',  # a name in `PRECISIONS`
     shard: bool = False,  # slices instead of copies

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SIGNALS', 'TIMERS', 'LOG_LIGHT', 'DIVERGED', 'FULL', 'FINISHED', 'is_interactive', 'StopFlag', 'stop_flag',
            'TolerantStream', 'check_lora', 'Start', 'build_networks', 'TrainingJob', 'find_prompts', 'resolve_times',
-           'fingerprint', 'check_layer', 'read_streams', 'real_batches_of', 'check_inputs', 'setup', 'data_of',
-           'iterate', 'state_of', 'check_state', 'restore', 'load', 'config_on_all_ranks', 'load_latest_state',
-           'as_input_error', 'check_folder', 'require_space', 'write_run_config', 'lock_run', 'open_run',
-           'student_name', 'generators_to_compare', 'SampleGrids', 'final_scores', 'feature_network',
+           'fingerprint', 'check_layer', 'read_streams', 'check_streams', 'real_batches_of', 'check_inputs', 'setup',
+           'data_of', 'iterate', 'state_of', 'check_state', 'restore', 'load', 'config_on_all_ranks',
+           'load_latest_state', 'as_input_error', 'check_folder', 'require_space', 'write_run_config', 'lock_run',
+           'open_run', 'student_name', 'generators_to_compare', 'SampleGrids', 'final_scores', 'feature_network',
            'evaluation_scores', 'Diverged', 'DivergenceMonitor', 'save', 'warn_on_failure', 'progress_postfix',
            'run_loop', 'export_generator', 'restore_last_good', 'closing_steps', 'closing_done', 'close', 'finished',
            'run', 'train']
@@ -50,7 +50,9 @@ from ..teachers.registry import is_here, open_teacher
 from .distributed import Distributed, allow_tf32, shard_like, make_learner, precision_of, shard_fsdp, versions, gather_full
 from .memory import LoraView, plain_copy
 from ..data.real_images import RealBatches, encode_folder
-from .config import Config, check, check_out, changed_settings, guidance_scales, run_title, dry_run, lr_of, recipe_of, resume_folder, run_folder, saved_config, resolve
+from .config import Config, changed_settings, check, check_out, copy_method, dry_run, guidance_scales
+from .config import lr_of, recipe_of, resolve, resume_command, resume_folder, run_folder, run_title
+from .config import saved_config, with_method_sha
 from .log import Log, tracker
 from .monitor import RunningBand
 from .drawing import curves, in_batches, many_step_draw, save_grid, student_draw
@@ -151,7 +153,7 @@ class Start:
 
     def __init__(self, config: Config, teacher: Teacher):
         check_lora(config, teacher)
-        self.config, self.base, self.lent = config, teacher.denoiser, config.lora != 'none'
+        self.config, self.teacher, self.base, self.lent = config, teacher, teacher.denoiser, config.lora != 'none'
         some = config.lora in ('fake', 'generator')  # the others have weights of their own, as loaded
         self.source = self.base.copy() if some else self.base  # for the base itself is cast
         if self.lent:
@@ -162,6 +164,17 @@ class Start:
         if self.config.lora in (role, 'both'):
             return self.base.with_net(LoraView(self.base.net, role, self.config.lora_rank))
         return self.configure(self.source.copy())
+
+    @torch.no_grad()
+    def features(self, discriminator) -> tuple:  # [C, H, W], or [N, C] of tokens
+        "The shape of what a discriminator reads of one picture"
+        x, null = torch.zeros(1, *self.teacher.latent_shape), self.teacher.text.null()
+        device = next(self.base.parameters()).device
+        t = self.base.schedule.sample_time(1, *self.base.schedule.default_range, generator=rng(0)).to(device)
+        with discriminator.capture_features(self.base) as found:
+            self.base(x.to(device), t, null)
+        out = found[-1][0] if isinstance(found[-1], tuple) else found[-1]
+        return tuple(out.shape[1:])
 
     def cast_base(self) -> Denoiser:
         "The teacher's network as it is asked in the run"
@@ -307,9 +320,19 @@ def read_streams(method: Method) -> set[str]:
     return {stream for update in method.updates(0) for stream in method.data(update)}
 
 
+def check_streams(config: Config, method: Method):
+    "Raise `InputError` for real pictures that are missing, or that nobody would look at"
+    reads = 'real' in read_streams(method)
+    if reads and not config.real_images:
+        raise InputError(f'method {config.method!r} reads real pictures; give a folder: --real-images FOLDER')
+    if config.real_images and not reads:
+        raise InputError(f'method {config.method!r} reads no real pictures; leave --real-images away')
+
+
 def real_batches_of(config: Config, method: Method, teacher, processes: Distributed) -> RealBatches | None:
     "Real pictures, if the method reads them; raises `InputError` for a folder without any"
-    if 'real' not in read_streams(method):
+    check_streams(config, method)
+    if not config.real_images:
         return None
     latents = encode_folder(teacher, Path(config.real_images).expanduser())
     return RealBatches(
@@ -333,7 +356,8 @@ def check_inputs(config: Config, processes: Distributed):
         return
     find_prompts(config, processes)
     teacher = open_teacher(config.teacher, 'meta', prediction_type=config.prediction_type)
-    resolve_times(config, teacher), check_lora(config, teacher)
+    check_streams(config, make_method(resolve_times(config, teacher), teacher.latent_shape))
+    check_lora(config, teacher)
     if config.real_images:
         check_layer(config, teacher), images_from_folder(Path(config.real_images).expanduser())
     make_adam(
@@ -360,7 +384,7 @@ def setup(
     processes.require_same({'the content of the teacher': sha[:12]})
     if teacher.vae_offload_device:
         teacher.vae.to(teacher.vae_offload_device)
-    method = processes.run_on_all(lambda: make_method(resolve_times(config, teacher)))
+    method = processes.run_on_all(lambda: make_method(resolve_times(config, teacher), teacher.latent_shape))
     if config.real_images:
         processes.run_on_all(lambda: check_layer(config, teacher))
     real = processes.run_on_all(lambda: real_batches_of(config, method, teacher, processes))
@@ -490,7 +514,7 @@ def load(thing, state: dict, sharded: bool):  # a network or an optimiser
 def config_on_all_ranks(config: Config, processes: Distributed) -> Config:
     """The settings of the whole run: a resumed run's are the first process's, which sees its folder; else raises
     `InputError` if they are not the same for all"""
-    processes.run_on_all(lambda: check(config))
+    config = processes.run_on_all(lambda: with_method_sha(check(config)))
     processes.require_same({f'the version of {k}': v for k, v in versions().items()})
     if processes.any_rank(bool(config.resume)):
         return processes.broadcast(config)
@@ -608,6 +632,7 @@ def open_run(config: Config, processes: Distributed | None = None) -> tuple[Trai
             group.update(lr=lr_of(config, role), eps=eps)  # the config's, not the checkpoint's
     processes.run_on_main(lambda: ((folder / 'samples').mkdir(exist_ok=True), write_run_config(job, folder))[0])
     if processes.is_main:
+        copy_method(config, folder)
         atomic_write(folder / 'config.json', json.dumps(asdict(replace(config, resume='')), indent=1) + '\n')
     say(
         f'resuming {folder} at {job.nimg} images (checkpoint {name})'
@@ -858,7 +883,7 @@ def closing_steps(
     job: TrainingJob, folder: Path, stopped: bool
 ) -> dict[str, tuple[Callable, str]]:  # name: what to do, how to repeat it
     "What comes after training, in order"
-    c, processes, again = job.config, job.processes, f'sid-lsg distill --resume {folder}'
+    c, processes, again = job.config, job.processes, resume_command(job.config, folder)
 
     def scores():
         found = final_scores(job)
@@ -951,7 +976,7 @@ def run(job: TrainingJob, folder: Path, stop) -> list[str]:  # closing steps tha
         ) from None
     if stopped:
         say(
-            f'stopped at {job.nimg} of {config.max_train_images} images, go on with: sid-lsg distill --resume {folder}'
+            f'stopped at {job.nimg} of {config.max_train_images} images, go on with: {resume_command(config, folder)}'
         )
     failed = close(job, folder, stopped, stop)
     if 'generator' not in failed:
@@ -1000,7 +1025,7 @@ def train(config: Config = Config()) -> Path | None:  # the run folder
         processes.close()
     if failed:
         raise RunError(
-            f'{folder}: the training is saved, but not done: {", ".join(failed)}; repeat with: sid-lsg distill '
-            f'--resume {folder}'
+            f'{folder}: the training is saved, but not done: {", ".join(failed)}; repeat with: '
+            f'{resume_command(config, folder)}'
         )
     return folder
