@@ -184,8 +184,8 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
     ),
     Compare: (
         'compare',
-        'One self-contained page: runs side by side, pictures at the same noise and prompts.',
-        'commands.compare.compare',
+        'One self-contained page: runs side by side, pictures at the same noise and prompts; or a blind one, for votes.',
+        'commands.preference.run_compare',
     ),
     Export: (
         'export',

@@ -130,7 +130,7 @@ def left(words):
         'import': 'student/model_index.json',
         'export': 'runs/embedded-1/*.safetensors',
         'evaluate': 'runs/embedded-1/**/scores-*.json',
-        'compare': 'compare.html',
+        'compare': 'blind.html' if '--blind' in words else 'compare.html',
     }[words[0]]
 
 def made(place, pattern):

@@ -7,7 +7,7 @@ __all__ = ['FINAL_SCORES', 'Point', 'CURVES', 'STYLE', 'PAGE', 'read_final_score
            'ScoreTables', 'score_tables', 'curve_points', 'Frame', 'curve_svg', 'shared_settings', 'draw_curves',
            'column_letter', 'run_card', 'table_html', 'png_data_uri', 'Column', 'image_cell', 'image_rows',
            'about_noise', 'render_page', 'is_file', 'choose_prompts', 'choose_teacher', 'check_compare',
-           'open_students', 'sample_column', 'compare']
+           'open_students', 'sample_column', 'draw_columns', 'compare']
 
 # %% ../../nbs/7_commands/06_compare.ipynb #2f84fe93
 import base64, html, io, json, math
@@ -325,7 +325,7 @@ def check_compare(args:Compare)->Path:
     if not args.runs: raise InputError('no run is given; give run folders: sid-lsg compare runs/a runs/b')
     for k in ('n', 'steps', 'size', 'batch'):
         if getattr(args, k) < 1: raise InputError(f'{k} {getattr(args, k)} must be at least 1')
-    out = Path(args.out).expanduser()
+    out = Path(args.out or 'compare.html').expanduser()
     if out.is_dir(): raise InputError(f'--out {args.out} is a folder; give a file such as compare.html')
     require_writable(out.parent)
     own_head = PAGE.encode()[:PAGE.index('<html')]
@@ -354,15 +354,20 @@ def sample_column(letter:str, s:ImageSource, how:dict, prompts:list[str], args:C
     return Column(letter, f'{s.name}, {said}', in_batches(sampler, args.batch)(prompts, seeds))
 
 
+def draw_columns(args:Compare, sources:list[ImageSource])->tuple[list[Column], list[str]]: # columns, prompts
+    "The pictures of the teacher, if it is wanted, and of every run; raises `InputError` before it draws"
+    prompts, device = choose_prompts(args, sources[0]), pick_device(args.device)
+    teacher, how = choose_teacher(args, sources[0])
+    todo = [('T', teacher, how)]*bool(teacher)
+    todo += [(column_letter(i), s, dict(steps=args.steps)) for i, s in enumerate(sources)]
+    return [sample_column(*t, prompts, args, device) for t in tqdm(todo, unit='column', leave=False)], prompts
+
+
 def compare(args:Compare)->Path: # the page
     "Sample the same prompts with every run and write one page; raises `InputError` with nothing written"
     out, sources = check_compare(args), open_students(args.runs)
-    prompts, device = choose_prompts(args, sources[0]), pick_device(args.device)
-    teacher, how = choose_teacher(args, sources[0])
     score_tables(sources)                                        # a file that is no score is told before the work
-    todo = [('T', teacher, how)]*bool(teacher)
-    todo += [(column_letter(i), s, dict(steps=args.steps)) for i, s in enumerate(sources)]
-    columns = [sample_column(*t, prompts, args, device) for t in tqdm(todo, unit='column', leave=False)]
+    columns, prompts = draw_columns(args, sources)
     atomic_write(out, render_page(sources, columns, prompts, args))
     mb = out.stat().st_size/1e6
     print(f'{out}: {len(columns)} columns, {len(prompts)} prompts, {mb:.1f} MB; open it in a browser')

@@ -64,13 +64,14 @@ class Evaluate:
 # %% ../../nbs/7_commands/01_options.ipynb #068528b5
 @dataclass(frozen=True)
 class Compare:
-    "Lay runs side by side on one page: settings, scores, curves, and pictures at the same noise and prompts"
+    "Lay runs side by side on one page: settings, scores, curves, and pictures at the same noise and prompts; or ask people"
     runs: tyro.conf.Positional[tuple[str, ...]] # run folders or one-step pipelines, one column each
     # in quotes, or a text file with one prompt per line; default: the first ones of the first run
     prompts: tuple[str, ...] = ()
     n: int = 8                   # rows from a text file or a run; prompts in quotes are all shown
     seed: int = 0                # row i is drawn from seed + i, the same in every column
-    out: str = 'compare.html'    # the page; an older page is replaced, another file is not
+    # the page; an older page is replaced, another file is not; default: compare.html, blind.html with --blind
+    out: str = ''
     steps: int = 1               # network steps of the columns
     # one more column in front: "run" for the teacher of the first run, or a pipeline folder, "embedded" or a
     # hub id
@@ -78,6 +79,11 @@ class Compare:
     teacher_steps: int | None = None  # of that column; default: as in the sheets of the first run, else 25
     teacher_kappa: float | None = None # of that column; default: as in the sheets of the first run, else 3
     size: int = 512              # larger pictures are shrunk to this side on the page
+    # a page to ask people instead: every two columns in pairs, without names, in random order; which is whose
+    # goes to a file beside it, PAGE-key.json
+    blind: bool = False
+    votes: tuple[str, ...] = ()  # files that people saved on a blind page: print the shares; give no runs
+    key: str = ''                # of the blind page, with --votes; default: found beside the votes, or here
     batch: int = 16              # pictures drawn at once
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
 
