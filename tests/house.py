@@ -408,13 +408,15 @@ def unsafe_loads(root):
         if isinstance(n, ast.Call) and is_unsafe(n)
     ]
 
-def outer_imports(tree):
-    "Top-level packages that a module imports when it is imported"
-    for n in tree.body:
+def required_imports(tree):
+    "Top-level packages that a module imports, inside functions too; what a `try` asks for is optional"
+    for n in ast.iter_child_nodes(tree):
         if isinstance(n, ast.Import):
             yield from (a.name.split('.')[0] for a in n.names)
         elif isinstance(n, ast.ImportFrom) and not n.level:
             yield n.module.split('.')[0]
+        elif not isinstance(n, ast.Try):
+            yield from required_imports(n)
 
 def norm(name):
     return re.sub(r'[-_.]+', '-', name).lower()
@@ -424,7 +426,7 @@ def unstated(root):
     cp = ConfigParser(delimiters=['='])
     cp.read(root / 'settings.ini', encoding='utf-8')
     stated = {norm(re.match(r'[\w.-]+', r)[0]) for r in shlex.split(cp['DEFAULT']['requirements'])}
-    tops = {t for p in modules(root) for t in outer_imports(parse(p))} - {LIB} - set(sys.stdlib_module_names)
+    tops = {t for p in modules(root) for t in required_imports(parse(p))} - {LIB} - set(sys.stdlib_module_names)
     known = packages_distributions()
     return [
         f'settings.ini: {t} is imported by the library and not required'

@@ -327,6 +327,10 @@ def test_unstated_requirement_is_seen(small):
     module(small, 'core', 'import pytest, fastcore')
     assert house.unstated(small) == ['settings.ini: pytest is imported by the library and not required']
 
+def test_unstated_requirement_of_a_function_is_seen(small):
+    module(small, 'core', 'def f():\n    import pytest\n    try: import xdist\n    except ImportError: pass')
+    assert house.unstated(small) == ['settings.ini: pytest is imported by the library and not required']
+
 def test_machine_path_is_seen(small):
     (small/'notes.md').write_text('see ' + '/'.join(['', 'home', 'me', 'x']))
     assert len(house.machine_paths(small)) == 1

@@ -27,6 +27,9 @@ BIG = {
     'cleanfid',
     'tqdm',
 }
+LATER = {  # what the trainer imports when it comes to need it: scores, drawings, files of prompts, trackers, exports
+    'open_clip', 'timm', 'cleanfid', 'matplotlib', 'pyarrow.parquet', 'datasets', 'pandas', 'tensorboard', 'wandb', 'onnx',
+    'ImageReward', 'IPython'}
 CALLS = """
 import contextlib, io, json, sys
 from sid_lsg_nb.cli import main
@@ -107,6 +110,12 @@ def test_importing_the_package_loads_nothing(place):
         'before)))'
     )
     assert fresh(program, cwd=place) == [['sid_lsg_nb']]
+
+def test_the_trainer_imports_scores_and_drawings_when_it_needs_them(place):
+    program = 'import json, sys; import sid_lsg_nb.training.trainer; print(json.dumps(sorted(sys.modules)))'
+    (loaded,) = fresh(program, cwd=place)
+    assert {'torch', 'diffusers', 'sid_lsg_nb.metrics.tiny', 'sid_lsg_nb.training.drawing'} <= {*loaded}
+    assert LATER & {*loaded} == set()
 
 @pytest.mark.parametrize('name', ['Config', 'train', 'distill', 'open_teacher', 'open_student'])
 def test_the_package_hands_out_its_main_names(name):

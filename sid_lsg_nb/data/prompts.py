@@ -27,7 +27,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
 from huggingface_hub import cached_assets_path
-from pyarrow import parquet as pq
 from tqdm.auto import tqdm
 from ..core import EMBEDDED, InputError
 
@@ -261,12 +260,16 @@ def batches_to_entries(batches:Iterable[pa.RecordBatch], path:Path, f, column:st
 # %% ../../nbs/3_data/02_prompts.ipynb #af3207a4
 def parquet_types(path:Path, _f)->dict[str, str]:
     "The columns of a Parquet file"
+    from pyarrow import parquet as pq
+
     with pq.ParquetFile(path) as file:
         head = lambda names: next(file.iter_batches(1000, columns=names), pa.table({})).to_pydict() if names else {}
         return schema_types(file.schema_arrow, head)
 
 def parquet_entries(path:Path, f, column:str)->Iterator[str|None]:
     "One column of a Parquet file"
+    from pyarrow import parquet as pq
+
     with pq.ParquetFile(path, page_checksum_verification=True) as file:
         batches = file.iter_batches(CHUNK_ROWS, columns=[column])
         yield from batches_to_entries(batches, path, f, column, file.metadata.num_rows)

@@ -10,10 +10,8 @@ __all__ = ['REWARDS', 'state_dict_sha256', 'ClipScore', 'load_clip_score', 'Pick
 import hashlib
 from functools import partial
 from pathlib import Path
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.factory import load_state_dict
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import normalize, pad, resize, to_tensor
@@ -63,6 +61,8 @@ class ClipScore:
         return self.scale*(self.embed(pictures)*u).sum(1).float().cpu()
 
 def _open_clip(model, local, pretrained, device): # network, its preprocessing, its tokenizer
+    import open_clip
+
     weights = None if local else str(pretrained)
     bpe = dict(bpe_path=str(local/'bpe.txt.gz')) if local and (local/'bpe.txt.gz').exists() else {}
     try:
@@ -105,6 +105,8 @@ class Aesthetic:
     "LAION's aesthetic head: linear layers on the unit image embedding of CLIP ViT-L/14; captions do not matter"
     name = 'aesthetic'
     def __init__(self, file, clip:ClipScore|None=None, device='cpu'): # file: sac+logos+ava1-l14-linearMSE.pth
+        from open_clip.factory import load_state_dict
+
         if not Path(file).is_file():
             raise InputError(f'aesthetic head {str(file)!r} does not exist; '
                              'fetch sac+logos+ava1-l14-linearMSE.pth of improved-aesthetic-predictor')
@@ -124,6 +126,8 @@ class Aesthetic:
 # %% ../../nbs/4_metrics/05_clip.ipynb #75568219
 def hpsv2_preprocess(im, side:int)->Tensor: # [3,side,side]
     "HPSv2's: longest side to `side`, the rest black"
+    from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+
     x = to_tensor(im)
     h, w = x.shape[1:]
     s = side/max(h, w)
@@ -132,7 +136,7 @@ def hpsv2_preprocess(im, side:int)->Tensor: # [3,side,side]
         x = resize(x, [h, w], interpolation=InterpolationMode.BICUBIC, antialias=True)
         left, top = (side - w)//2, (side - h)//2
         x = pad(x, [left, top, side - w - left, side - h - top])
-    return normalize(x, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    return normalize(x, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
 
 def load_hpsv2(file, model:str='ViT-H-14', device='cpu')->ClipScore:
     "HPSv2 (2306.09341), times 100; raises `InputError` if the weights are missing"

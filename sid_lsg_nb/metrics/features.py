@@ -17,8 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from cleanfid import downloads_helper
-from cleanfid.resize import make_resizer
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import center_crop
@@ -43,6 +41,8 @@ def resize_legacy_tensorflow(
 def _cleanfid(library, filter):
     def resize(x, side): # [H,W,3] -> [3,side,side]
         "clean-fid's own"
+        from cleanfid.resize import make_resizer
+
         with warnings.catch_warnings():      # it would silence every warning from here on
             y = make_resizer(library, False, filter, (side, side))(x)
         return torch.from_numpy(np.ascontiguousarray(y)).permute(2, 0, 1)
@@ -104,6 +104,8 @@ class FeatureNetwork:
 # %% ../../nbs/4_metrics/03_features.ipynb #53b226f0
 def download_inception(folder=None)->Path: # default: PyTorch's cache of checkpoints
     "Inception through clean-fid's own download, whole or not at all; raises `InputError` when it cannot be had"
+    from cleanfid import downloads_helper
+
     folder = Path(folder or Path(torch.hub.get_dir())/'checkpoints')
     file = folder/f'{INCEPTION}.pt'
     if file.exists(): return file

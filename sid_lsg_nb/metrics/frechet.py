@@ -7,7 +7,6 @@ __all__ = ['frechet_distance', 'Moments']
 
 # %% ../../nbs/4_metrics/01_frechet.ipynb #a1daf695
 import torch
-from cleanfid.fid import frechet_distance as cleanfid_frechet
 from torch import Tensor
 from ..core import InputError
 
@@ -19,6 +18,8 @@ def frechet_distance(
     sigma2:Tensor, # [D,D]
 )->float:
     "Fréchet distance of two Gaussians, by clean-fid's own function in float64; raises `InputError` for unequal widths"
+    from cleanfid.fid import frechet_distance as cleanfid_frechet
+
     if mu1.shape != mu2.shape:
         raise InputError(f'features of different width ({mu1.numel()} and {mu2.numel()}): '
                          'both sides need the same feature network')

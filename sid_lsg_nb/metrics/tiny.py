@@ -10,7 +10,6 @@ import itertools, json, re, time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-import open_clip
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -55,6 +54,8 @@ def load_world(folder=EMBEDDED)->World:
 class TinyClip:
     "The bundled image-text model: features for tiny-FD, cosines for tiny-CLIP"
     def __init__(self, folder=EMBEDDED/'scorer', device='cpu'):
+        import open_clip
+
         where = f'local-dir:{Path(folder)}'
         self.model, self.preprocess = open_clip.create_model_from_pretrained(where, device=device, precision='fp32')
         self.tokenizer = open_clip.get_tokenizer(where, bpe_path=str(Path(folder)/'bpe.txt.gz'))

@@ -19,7 +19,6 @@ import diffusers
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, convert_ldm_vae_checkpoint
-from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -126,6 +125,8 @@ SD_SCHEDULER = dict(
 # %% ../../nbs/2_teachers/08_single_file.ipynb #651523ec
 def write_clip_vocabulary(folder):
     "Write vocab.json and merges.txt of CLIP's tokenizer, from the list of merges that open_clip carries"
+    from open_clip.tokenizer import bytes_to_unicode, default_bpe
+
     with gzip.open(default_bpe()) as f: merges = f.read().decode('utf-8').split('\n')[1:49152 - 256 - 2 + 1]
     letters = list(bytes_to_unicode().values())
     tokens = [

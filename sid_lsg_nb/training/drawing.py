@@ -9,7 +9,6 @@ __all__ = ['curves', 'on_device', 'student_draw', 'many_step_draw', 'in_batches'
 from collections.abc import Callable
 from contextlib import contextmanager
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from ..core import DISAGREEMENT, atomic_file, image_grid, noise_for
 from ..method.sampling import few_steps, step_times, teacher_sample
@@ -18,6 +17,8 @@ from ..teachers.denoiser import Denoiser, Teacher
 # %% ../../nbs/6_training/07_drawing.ipynb #67177f19
 def curves(rows:list[dict], file, title:str=''):
     "curves.png: a score if there is one, how far teacher and fake disagree, the losses and gradient norms, against images seen"
+    from matplotlib.figure import Figure
+
     score = next((k for k in ('tiny_fd', 'fid', 'fd') if any(k in r for r in rows)), None)
     scored = [r for r in rows if score in r]
     losses, norms = ([k for k in rows[-1] if k[:4] == what] for what in ('loss', 'norm'))
@@ -86,6 +87,8 @@ def save_grid(
     title:str, # says kappa, alpha, nimg
 ):
     "One row of pictures per way of drawing, same noise and prompts down each column"
+    from matplotlib.figure import Figure
+
     n, _, h, w = next(iter(rows.values())).shape
     zoom = max(1, 64//h)
     fig = Figure(figsize=(1 + n*w*zoom/100, .45 + len(rows)*(h*zoom + 14)/100), dpi=100)
