@@ -54,15 +54,15 @@ def squared()->Distance:
 
 
 def huber(
-    c0:float=.03, # knee per element: c = c0 sqrt(n), n elements of a sample
-    c:float|None=None, # the knee itself; overrides c0
+    c0:float=.03, # c per element: c = c0 sqrt(n), n elements of a sample
+    c:float|None=None, # c itself; overrides c0
 )->Distance:
     "Pseudo-Huber sqrt(||y||^2 + c^2) - c over the whole sample (SIM, 2410.16794); raises `InputError`"
     given = c0 if c is None else c
-    if not 0 < given < math.inf: raise InputError(f'a Huber knee of {given} is no distance; give a number above 0')
-    knee = lambda y: c0*math.sqrt(y[0].numel()) if c is None else c
-    length = lambda y: (sum_per_sample(y**2) + knee(y)**2).sqrt()
-    return Distance(lambda y: length(y) - knee(y), lambda y: y/expand_like(length(y), y))
+    if not 0 < given < math.inf: raise InputError(f'a Huber scale c of {given} is no distance; give a number above 0')
+    scale = lambda y: c0*math.sqrt(y[0].numel()) if c is None else c
+    length = lambda y: (sum_per_sample(y**2) + scale(y)**2).sqrt()
+    return Distance(lambda y: length(y) - scale(y), lambda y: y/expand_like(length(y), y))
 
 
 def p_norm(
@@ -90,7 +90,7 @@ def sim_loss(
     y_fake: Tensor,  # [B, ...] x0 estimate of the fake (kappa2) at x_t
     y_fake3: Tensor
     | None = None,  # [B, ...] x0 estimate of the fake (kappa3) for the residual; None: `y_fake`
-    c: float = 1.0,  # knee of the pseudo-Huber distance, where no `distance` is given
+    c: float = 1.0,  # of the pseudo-Huber distance, where no `distance` is given
     distance: Distance | None = None,  # any other
     unit: Tensor
     | None = None,  # [B] both differences are measured in 1/unit; alpha_t/sigma_t^2 is score space; None: x0 space
