@@ -110,6 +110,10 @@ class Config:
     gradient_accumulation_steps: int | None = None # micro-batches per step; default: as many as it takes
     lr: float = 1e-4               # of the generator; presets of full size have 1e-6, those of CIFAR-10 1e-5
     lr_fake: float = 1e-4          # fake; equal to lr in the published runs
+    # how both go down until max_train_images; constant in the published runs (with a warm-up it is what
+    # diffusers calls constant_with_warmup)
+    lr_scheduler: Literal['constant', 'linear', 'cosine'] = 'constant'
+    lr_warmup: int = 0             # images over which both rise from 0
     adam_epsilon: float | None = None # default: 1e-8; 1e-6 with weights in fp16, 1e-4 in bf16
     # clip each number of the gradient to +- this value (the max_grad_norm of diffusers is another thing: a
     # norm); 1 in the published fp16 run, none in the others
@@ -262,7 +266,7 @@ def resume_command(config:Config, folder)->str:
 POSITIVE = 'lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'
 NOT_NEGATIVE = (
     'log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every',
-    'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start')
+    'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start', 'lr_warmup')
 AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank', 'fake_updates'
 
 
@@ -280,6 +284,8 @@ def check(config: Config) -> Config:
                 raise InputError(f'{k} {v} must {rule}')
     if config.n_eval == 1:
         raise InputError('n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
+    if config.lr_warmup >= config.max_train_images and config.lr_warmup:
+        raise InputError(f'lr_warmup {config.lr_warmup} takes the whole run of {config.max_train_images} images')
     check_combinations(config)
     guidance_scales(config)
     from sid_lsg_nb.method.methods import make_method  # PyTorch comes after all that needs none
@@ -423,9 +429,12 @@ def recipe_of(
         method=own_method(c), kappa=guidance_scales(c), adversary=adversary if c.real_images else None, gradient=gradient, **times, **own)
 
 
-def lr_of(config: Config, role: str) -> float:
-    "Learning rate of a network"
-    return config.lr if role == 'generator' else config.lr_fake
+def lr_of(config: Config, role: str, nimg: int = 0) -> float:
+    "Learning rate of a network after so many images"
+    from sid_lsg_nb.method.optim import lr_factor
+
+    lr = config.lr if role == 'generator' else config.lr_fake
+    return lr * lr_factor(config.lr_scheduler, nimg, config.lr_warmup, config.max_train_images)
 
 
 def run_title(config: Config) -> str:

@@ -6,12 +6,12 @@
 __all__ = ['SIGNALS', 'TIMERS', 'LOG_LIGHT', 'DIVERGED', 'FULL', 'FINISHED', 'is_interactive', 'StopFlag', 'stop_flag',
            'TolerantStream', 'check_lora', 'Start', 'build_networks', 'TrainingJob', 'find_prompts', 'resolve_times',
            'fingerprint', 'check_layer', 'read_streams', 'check_streams', 'real_batches_of', 'check_inputs', 'setup',
-           'data_of', 'iterate', 'state_of', 'check_state', 'restore', 'load', 'config_on_all_ranks',
-           'load_latest_state', 'as_input_error', 'check_folder', 'require_space', 'write_run_config', 'lock_run',
-           'open_run', 'student_name', 'generators_to_compare', 'SampleGrids', 'final_scores', 'feature_network',
-           'evaluation_scores', 'Diverged', 'DivergenceMonitor', 'save', 'warn_on_failure', 'progress_postfix',
-           'run_loop', 'export_generator', 'restore_last_good', 'closing_steps', 'closing_done', 'close', 'finished',
-           'run', 'train']
+           'data_of', 'set_learning_rates', 'iterate', 'state_of', 'check_state', 'restore', 'load',
+           'config_on_all_ranks', 'load_latest_state', 'as_input_error', 'check_folder', 'require_space',
+           'write_run_config', 'lock_run', 'open_run', 'student_name', 'generators_to_compare', 'SampleGrids',
+           'final_scores', 'feature_network', 'evaluation_scores', 'Diverged', 'DivergenceMonitor', 'save',
+           'warn_on_failure', 'progress_postfix', 'run_loop', 'export_generator', 'restore_last_good', 'closing_steps',
+           'closing_done', 'close', 'finished', 'run', 'train']
 
 # %% ../../nbs/6_training/08_trainer.ipynb #3e3183a2
 import builtins, errno, hashlib, json, os, shutil, signal, socket, sys, threading, time
@@ -202,6 +202,9 @@ def build_networks(
         torch.manual_seed(config.seed)  # a LoRA begins with random numbers
         start = Start(config, teacher)
         learning = method.build(start) | dict(generator=start.copy('generator'))
+    device = next(start.base.parameters()).device
+    for net in learning.values():
+        net.to(device)  # a head is made on the CPU
     if start.lent:
         teacher.denoiser = start.base.with_net(LoraView(start.base.net))
     else:
@@ -430,9 +433,17 @@ def data_of(job: TrainingJob) -> Callable:  # `data(update)`: micro-batches
     return data
 
 
+def set_learning_rates(job: TrainingJob, nimg: int):
+    "Those of the images seen: the same for all updates of an iteration, and for a run that was resumed"
+    for role, learner in job.nets.learners.items():
+        for group in learner.optimizer.param_groups:
+            group['lr'] = lr_of(job.config, role, nimg)
+
+
 def iterate(job: TrainingJob):
     "The run as an iterator: `distill` on the config's prompts and seeds"
-    return distill(
+    set_learning_rates(job, job.nimg)
+    for s in distill(
         job.nets,
         job.method,
         data_of(job),
@@ -441,7 +452,9 @@ def iterate(job: TrainingJob):
         ema=job.ema,
         nimg=job.nimg,
         shard=job.processes.shard,
-    )
+    ):
+        yield s
+        set_learning_rates(job, s.nimg)
 
 # %% ../../nbs/6_training/08_trainer.ipynb #68eabc3e
 def state_of(job: TrainingJob) -> dict:
@@ -629,7 +642,7 @@ def open_run(config: Config, processes: Distributed | None = None) -> tuple[Trai
     eps = config.adam_epsilon or precision_of(config.precision).eps
     for role, l in job.nets.learners.items():
         for group in l.optimizer.param_groups:
-            group.update(lr=lr_of(config, role), eps=eps)  # the config's, not the checkpoint's
+            group.update(lr=lr_of(config, role, job.nimg), eps=eps)  # the config's, not the checkpoint's
     processes.run_on_main(lambda: ((folder / 'samples').mkdir(exist_ok=True), write_run_config(job, folder))[0])
     if processes.is_main:
         copy_method(config, folder)
