@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sid_lsg_nb.core import rng
 from sid_lsg_nb.data.images import file_sha256, images_from_folder
-from sid_lsg_nb.metrics.features import INCEPTION, Compute, Preprocess, extract_features, load_inception
+from sid_lsg_nb.metrics.features import INCEPTION, ClassSums, Compute, Preprocess, extract_features, load_inception
 from sid_lsg_nb.metrics.features import resize_legacy_tensorflow
 from sid_lsg_nb.metrics.fid import kid, prdc
 from sid_lsg_nb.metrics.frechet import frechet_distance
@@ -184,3 +184,65 @@ def test_inception_against_clean_fid(weights, tmp_path, capsys):
     assert worst < 1e-4 * scale and abs(f[0] - f[1]) < 1e-3 * f[1]
     if n <= 1000:
         assert abs(k[0] - k[1]) < 1e-4 * abs(k[1])  # all pictures in each subset: nothing is random
+
+# ---- the Inception Score
+
+def torch_fidelity_net(file, head, folder):
+    "torch-fidelity's own Inception with the weights of `file`, layer by layer in their order, and an output layer"
+    from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d, FeatureExtractorInceptionV3
+
+    given = torch.jit.load(str(file), map_location='cpu').state_dict()
+    ours = [k.removesuffix('.weight') for k in given if '.layers.' in f'.{k}' and k.endswith('.weight')]
+    with torch.device('meta'), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, 'load_state_dict', lambda self, state: None)
+        patch.setattr('torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url', lambda *a, **k: {})
+        patch.setattr(FeatureExtractorInceptionV3, 'to', lambda self, dtype: self)
+        theirs = FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'])
+    state = dict(theirs.state_dict())
+    layers = [k for k, m in theirs.named_modules() if isinstance(m, BasicConv2d)]
+    for ours, theirs in zip(ours, layers, strict=True):
+        beta = given[f'{ours}.beta']
+        state |= {f'{theirs}.conv.weight': given[f'{ours}.weight'], f'{theirs}.bn.weight': torch.ones_like(beta)}
+        state |= {f'{theirs}.bn.bias': beta, f'{theirs}.bn.running_mean': given[f'{ours}.mean']}
+        state |= {f'{theirs}.bn.running_var': given[f'{ours}.var']}
+        state |= {f'{theirs}.bn.num_batches_tracked': torch.tensor(0)}
+    torch.save(state | {'fc.weight': head, 'fc.bias': torch.zeros(len(head))}, folder / 'theirs.pth')
+    return FeatureExtractorInceptionV3('inception-v3-compat', ['2048', 'logits_unbiased'], str(folder / 'theirs.pth'))
+
+def test_inception_score_against_torch_fidelity(weights, tmp_path, capsys):
+    """Features, and the Inception Score with its spread, from the files on. A trunk alone gets an output layer of
+    random weights, the same on both sides"""
+    if weights is None or not importlib.util.find_spec('torch_fidelity'):
+        absent(capsys, 'no Inception weights, or no torch-fidelity')
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    net, n = load_inception(weights), 20
+    if net.head is None:
+        net.head = torch.randn(1008, 2048, generator=rng(0)) / 3
+    images = images_from_folder(some_pictures(tmp_path / 'few', n, 1, (150, 150)))
+    how = Preprocess(0, resizer='legacy_tensorflow')
+    found = extract_features(images, net, how, keep=n, classes=True, compute=Compute(batch_size=10))
+    pixels = torch.stack([torch.from_numpy(np.array(im)).permute(2, 0, 1) for im in images.get(range(n))])
+    with torch.inference_mode():
+        features, logits = torch_fidelity_net(weights, net.head, tmp_path)(pixels)
+    theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
+    worst, ours = (found.kept - features).abs().max().item(), found.classes.result()
+    with capsys.disabled():
+        print(f'\nInception Score of {n} pictures: {ours}, torch-fidelity: {theirs}; features agree to {worst:.1e}')
+    assert worst < 1e-4 * features.max() and ours[0] > 1.1
+    assert abs(ours[0] - theirs['inception_score_mean']) < 1e-5 * ours[0]
+    assert abs(ours[1] - theirs['inception_score_std']) < 1e-5 * ours[0]
+
+def test_inception_score_of_the_same_logits(capsys):
+    "torch-fidelity's sum over many logits, and ours in batches and parts of unequal size"
+    if not importlib.util.find_spec('torch_fidelity'):
+        absent(capsys, 'torch-fidelity is not installed')
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = torch.randn(1237, 50, generator=rng(1)) * 3
+    sums = ClassSums(50, 1237)
+    for i in torch.arange(1237).split(100):
+        sums.add(i, logits[i])
+    theirs = isc_features_to_metric(logits, splits=10, shuffle=False)
+    for u, v in zip(sums.result(), theirs.values(), strict=True):
+        assert abs(u - v) < 1e-12 * v

@@ -20,7 +20,7 @@ from ..core import EMBEDDED, InputError, atomic_write
 from ..data.images import ImageSet, images_from_folder
 from ..data.prompts import open_prompts
 from .clip import ClipScore, load_clip_score
-from .features import INCEPTION, Compute, FeatureNetwork, FeatureSet, Preprocess, all_reduce_features
+from .features import CLASS_PICTURES, INCEPTION, Compute, FeatureNetwork, FeatureSet, Preprocess, all_reduce_features
 from .features import all_reduce_sum, bundled_feature_network, extract_features, load_inception
 from .fid import Reference, compute_reference, kid, prdc
 from .frechet import frechet_distance
@@ -181,6 +181,7 @@ def compute_distances(
     "All distances that the reference allows"
     fd, kd = ('fid', 'kid') if p.features == INCEPTION else ('fd', 'kd')
     out = {fd: _frechet(found, ref)}
+    if found.classes: out['is'], out['is_std'] = found.classes.result()
     if ref.kept is None or not len(found.kept): return out         # statistics alone
     real, fake = ref.kept.to(device), found.kept.to(device)
     out[kd], out[f'{kd}_std'] = kid(real, fake, p.subsets, p.subset_size)
@@ -231,6 +232,13 @@ def _open_reference(reference, network, p, compute)->Reference:
     return ref
 
 # %% ../../nbs/4_metrics/06_protocols.ipynb #ba7ba260
+def _has_inception_score(network, n, p)->bool:
+    if n < CLASS_PICTURES: return False
+    if network.head is None and p.features == INCEPTION:
+        warnings.warn('this Inception has no output layer, so there is no Inception Score; '
+                      'give the whole inception-2015-12-05.pt')
+    return network.head is not None
+
 class _CaptionScores:
     "Sums of the image-text score and of the rewards over all pictures"
     def __init__(self, images, clip, rewards):
@@ -280,8 +288,9 @@ def score_images(
     images = _open_images(images, p, captions, (p.clip and clip is not False) or rewards)
     network, clip = _open_network(features, p, compute.device), _open_clip_score(clip, p, compute.device)
     ref = _open_reference(reference, network, p, compute)
-    text = _CaptionScores(images, clip, rewards)
-    found = extract_features(images, network, p.preprocess, keep=p.keep, on_batch=text.add, compute=compute)
+    text, classes = _CaptionScores(images, clip, rewards), _has_inception_score(network, images.n, p)
+    found = extract_features(images, network, p.preprocess, keep=p.keep, on_batch=text.add, classes=classes,
+                             compute=compute)
     found = all_reduce_features(found, compute.world_size)
     all_reduce_sum([text.sums], compute.world_size)
     device = network.device if network.device.type == 'cuda' else 'cpu'
