@@ -422,7 +422,7 @@ def fast_rows(o) -> list:  # (name, settings of `Bench`), in order of worth
 def small_teacher(o, home: Path):
     "SD1.5 of random weights on the device; in a rehearsal the tiny one"
     from sid_lsg_nb.commands.bench import random_teacher
-    from sid_lsg_nb.teachers.denoiser import load_sd
+    from sid_lsg_nb.teachers.stable_diffusion import load_sd
     from sid_lsg_nb.testing import tiny_pipeline
 
     return (

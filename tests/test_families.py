@@ -20,7 +20,8 @@ from sid_lsg_nb.method.optim import EMA, make_adam
 from sid_lsg_nb.method.sampling import SIGMA_INIT, one_step, teacher_sample
 from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.steps import Learner, Networks, distill
-from sid_lsg_nb.teachers.edm import edm_teacher, save_edm, tiny_edm, wrap_unet2d
+from sid_lsg_nb.teachers.edm import edm_teacher, save_edm, tiny_edm
+from sid_lsg_nb.teachers.edm_networks import wrap_unet2d
 from sid_lsg_nb.teachers.registry import open_student, open_teacher
 from sid_lsg_nb.teachers.student import save_student
 from sid_lsg_nb.testing import tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl, tiny_vae

@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-import sid_lsg_nb.teachers.denoiser
+import sid_lsg_nb.teachers.base
 from sid_lsg_nb.core import to_device
-from sid_lsg_nb.teachers.denoiser import Denoiser
+from sid_lsg_nb.teachers.base import Denoiser
 from sid_lsg_nb.testing import tiny_unet
 from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.sampling import Draw
@@ -71,7 +71,7 @@ def test_a_step_carries_nothing(monkeypatch, gradient):
     """Networks, prompts and noise on `meta`, which stands for the GPU: after the first step nothing comes from the
     CPU any more"""
     monkeypatch.setattr(
-        sid_lsg_nb.teachers.denoiser.torch, 'autocast', lambda *a, **k: nullcontext()
+        sid_lsg_nb.teachers.base.torch, 'autocast', lambda *a, **k: nullcontext()
     )  # knows no meta
     teacher = Denoiser(
         tiny_unet().to('meta').requires_grad_(False), DiscreteSchedule.from_scheduler(DDIMScheduler())

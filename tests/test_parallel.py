@@ -182,7 +182,7 @@ def test_a_batch_that_cannot_be_shared(home):
 ONE_OVERFLOWS = """
 import json, torch
 from diffusers import DDIMScheduler
-from sid_lsg_nb.teachers.denoiser import Denoiser
+from sid_lsg_nb.teachers.base import Denoiser
 from sid_lsg_nb.testing import tiny_unet
 from sid_lsg_nb.training.distributed import Distributed, make_learner, gather_full
 from sid_lsg_nb.method.schedule import DiscreteSchedule

@@ -13,7 +13,7 @@ from sid_lsg_nb.commands import options
 from sid_lsg_nb.teachers import edm
 from sid_lsg_nb.cli import main, parse
 from sid_lsg_nb.core import EMBEDDED
-from sid_lsg_nb.teachers.denoiser import load_sd
+from sid_lsg_nb.teachers.stable_diffusion import load_sd
 from sid_lsg_nb.testing import tiny_sdxl
 from sid_lsg_nb.training.config import Config
 
@@ -65,7 +65,7 @@ FIRST = {}  # lines whose runs others use: what the fixture found them to leave
 
 def forge(net, file):
     "A network as EDM's published code pickles it, by the forger that its chapter shows"
-    cells = json.loads((ROOT / 'nbs/2_teachers/09_edm.ipynb').read_text(encoding='utf-8'))['cells']
+    cells = json.loads((ROOT / 'nbs/2_teachers/13_edm.ipynb').read_text(encoding='utf-8'))['cells']
     (source,) = [s for s in (''.join(c['source']) for c in cells) if 'class Forger' in s]
     scope = vars(edm) | dict(work=Path(file).parent, pickle=pickle, types=types, sys=sys, np=np, nn=nn)
     before = set(sys.modules)

@@ -4,7 +4,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from sid_lsg_nb.core import max_abs, rng
 from sid_lsg_nb.method.sampling import few_steps, one_step, teacher_sample
-from sid_lsg_nb.teachers.denoiser import load_sd
+from sid_lsg_nb.teachers.stable_diffusion import load_sd
 from sid_lsg_nb.testing import tiny_pipeline
 
 PROMPTS = ['a red cat', 'the blue shoe', '']

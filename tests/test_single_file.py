@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sid_lsg_nb.core import InputError, max_abs, noise_for
 from sid_lsg_nb.export.formats import save_single_file, unet_key, vae_key
 from sid_lsg_nb.teachers import single_file as S
-from sid_lsg_nb.teachers.denoiser import load_sd, sd_teacher
+from sid_lsg_nb.teachers.stable_diffusion import load_sd, sd_teacher
 from sid_lsg_nb.teachers.loading import find_class, load_part_config
 from sid_lsg_nb.teachers.student import save_student
 

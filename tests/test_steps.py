@@ -24,7 +24,7 @@ from sid_lsg_nb.method.schedule import DiscreteSchedule, FlowSchedule
 from sid_lsg_nb.method.sequential import SavedTensorMemory, generator_grad_sequential
 from sid_lsg_nb.method.steps import (
     Batch, Learner, Networks, Update, distill, fake_losses, generator_grad, run_update, split_noise)
-from sid_lsg_nb.teachers.denoiser import Denoiser
+from sid_lsg_nb.teachers.base import Denoiser
 
 FAKE, GENERATOR = Update(('fake',)), Update(('generator',))
 SD = DDIMScheduler(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, clip_sample=False)

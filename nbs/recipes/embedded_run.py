@@ -12,7 +12,7 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 import torch
-from sid_lsg_nb.teachers.denoiser import load_sd
+from sid_lsg_nb.teachers.stable_diffusion import load_sd
 from sid_lsg_nb.metrics.tiny import TinyClip, tiny_score
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.drawing import many_step_draw

@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..core import EMBEDDED, InputError, atomic_write, cond_cat, cond_expand
 from ..data.prompt_stream import PromptStream
 from ..teachers.text_encoder import TextEncoder
-from ..teachers.denoiser import Denoiser, Teacher
+from ..teachers.base import Denoiser, Teacher
 from ..method.sequential import generator_grad_sequential
 from ..method.steps import frozen
 from ..method.guidance import Kappa

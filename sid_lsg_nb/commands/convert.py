@@ -16,7 +16,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from ..core import InputError, pick_device
-from ..teachers.denoiser import find_pipeline, pipeline_class
+from ..teachers.base import find_pipeline, pipeline_class
 from ..teachers.edm import is_edm
 from ..export.import_checkpoint import import_student
 from ..export.formats import add_variant, export_onnx, save_lora, save_single_file, t_init_and_sigma

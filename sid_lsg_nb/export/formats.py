@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..core import InputError, atomic_file, atomic_folder, atomic_write
 from ..method.schedule import DiscreteSchedule
-from ..teachers.denoiser import Denoiser, load_sd
-from ..teachers.student import load_sd_student
+from ..teachers.base import Denoiser
+from ..teachers.stable_diffusion import load_sd
+from ..teachers.stable_diffusion import load_sd_student
 
 # %% ../../nbs/5_export/01_formats.ipynb #25e96e9f
 def write_safetensors(

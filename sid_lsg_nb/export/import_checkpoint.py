@@ -12,7 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 from ..core import InputError
-from ..teachers.denoiser import Denoiser, load_sd
+from ..teachers.base import Denoiser
+from ..teachers.stable_diffusion import load_sd
 from ..teachers.student import save_student
 from ..checkpoint_reader import find_network, read_checkpoint
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CLIP_TOKENIZERS', 'T5_TOKENIZERS', 'GEMMA_TOKENIZERS', 'UNUSED_PARTS', 'PLAIN_UNET', 'EXTRA_INPUTS', 'PLAIN_VAE',
-           'SD_LAYOUT', 'WEIGHTS_FILE', 'VARIANTS', 'DTYPE_SINCE', 'TRAINED_WITH', 'Layout', 'reject', 'require',
-           'print_once', 'read_json', 'find_class', 'check_index', 'pick_weights_file', 'check_weights_file',
-           'find_weights', 'dtype_argument', 'load_part_config', 'check_part_config', 'build_empty_part', 'load_part',
-           'open_part', 'scheduler_error', 'repair_scheduler_config', 'open_scheduler', 'files_to_fetch',
-           'find_in_cache', 'fetch_pipeline', 'open_pipeline', 'assemble_pipeline', 'print_variants']
+           'WEIGHTS_FILE', 'VARIANTS', 'DTYPE_SINCE', 'TRAINED_WITH', 'Layout', 'reject', 'require', 'print_once',
+           'read_json', 'find_class', 'check_index', 'pick_weights_file', 'check_weights_file', 'find_weights',
+           'dtype_argument', 'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part',
+           'scheduler_error', 'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache',
+           'fetch_pipeline', 'open_pipeline', 'assemble_pipeline', 'print_variants']
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #55c29949
 import inspect
@@ -63,17 +63,6 @@ EXTRA_INPUTS = dict(
     shift_factor='latents that are shifted',
 )
 PLAIN_VAE = dict(latents_mean=None, latents_std=None, shift_factor=None) # of a VAE that only scales
-SD_LAYOUT = Layout(
-    'StableDiffusionPipeline',
-    dict(
-        unet=('UNet2DConditionModel',),
-        vae=('AutoencoderKL',),
-        text_encoder=('CLIPTextModel',),
-        tokenizer=CLIP_TOKENIZERS,
-    ),
-    fixed=dict(unet=PLAIN_UNET | dict(addition_embed_type=None), vae=PLAIN_VAE),
-    options=dict(requires_safety_checker=False),
-)
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #83c143b8
 def reject(path, what:str, fix:str='take all parts from the same model'):

@@ -682,7 +682,7 @@ def teacher_shapes(
 ) -> tuple | None:  # the UNet's config, weights of text encoder and VAE in millions; None: unknown
     "What a teacher's folder says about its size"
     from sid_lsg_nb.core import EMBEDDED
-    from sid_lsg_nb.teachers.denoiser import pipeline_class
+    from sid_lsg_nb.teachers.base import pipeline_class
     from sid_lsg_nb.training.memory import SHAPES
 
     if known := {SD15: 'sd15', SD21: 'sd21-base'}.get(teacher):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from ..core import DISAGREEMENT, atomic_file, image_grid, noise_for
 from ..method.sampling import few_steps, step_times, teacher_sample
-from ..teachers.denoiser import Denoiser, Teacher
+from ..teachers.base import Denoiser, Teacher
 
 # %% ../../nbs/6_training/07_drawing.ipynb #67177f19
 def curves(rows:list[dict], file, title:str=''):

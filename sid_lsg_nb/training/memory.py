@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from ..teachers.denoiser import Denoiser
+from ..teachers.base import Denoiser
 from ..method.sequential import SavedTensorMemory
 from .distributed import precision_of
 

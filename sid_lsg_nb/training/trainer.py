@@ -31,7 +31,7 @@ from ..core import DISAGREEMENT, EMBEDDED, InputError, RunError, atomic_write, r
 from ..data.prompt_stream import PromptStream, text_batches
 from ..method.schedule import DiscreteSchedule
 from ..teachers.loading import print_once
-from ..teachers.denoiser import Denoiser, Teacher
+from ..teachers.base import Denoiser, Teacher
 from ..method.sampling import SIGMA_INIT
 from ..method.optim import EMA, make_adam
 from ..method.steps import DistillState, Method, Networks, distill
@@ -46,7 +46,7 @@ from ..metrics.features import Compute, FeatureNetwork, bundled_feature_network,
 from ..data.images import images_from_folder, generated_images
 from ..metrics.protocols import PROTOCOLS, one_line_warnings, score_images
 from ..teachers.edm import is_edm
-from ..teachers.registry import is_here, open_teacher
+from ..teachers.registry import is_local, open_teacher
 from .distributed import Distributed, allow_tf32, shard_like, make_learner, precision_of, shard_fsdp, versions, gather_full
 from .memory import LoraView, plain_copy
 from ..data.real_images import RealBatches, encode_folder
@@ -351,7 +351,7 @@ def check_inputs(config: Config, processes: Distributed):
             raise InputError(f'cannot resume: {str(folder)!r} holds no checkpoint; start a new run')
     else:
         check_out(config)
-    if not is_here(config.teacher):
+    if not is_local(config.teacher):
         find_prompts(config, processes)
         print_once(
             f'teacher {config.teacher!r} is not on this machine; what it holds is checked when it is fetched'
