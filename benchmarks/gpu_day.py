@@ -490,8 +490,8 @@ def small(r: Report):
     "Presets for 24 and 12 GB, with the card's memory capped to that"
     import torch
     from sid_lsg_nb.commands.bench import measure
-    from sid_lsg_nb.training.memory import SHAPES, memory_budget, meta_unet
-    from sid_lsg_nb.training.config import teacher_shapes
+    from sid_lsg_nb.teachers.registry import model_shapes
+    from sid_lsg_nb.training.memory import memory_budget
 
     device, home = device_of(r.o), Path(tempfile.mkdtemp())
     for gb, more in ((24, dict(sequential_gradient=True)), (12, dict(lora='both'))):
@@ -501,9 +501,8 @@ def small(r: Report):
             if device.type == 'cuda':
                 torch.cuda.set_per_process_memory_fraction(min(1.0, gb * 1e9 / torch.cuda.mem_get_info()[1]))
             tiny = r.o.tiny and small_teacher(r.o, home)
-            shapes = teacher_shapes(str(home / 'tiny')) if tiny else SHAPES['sd15']
-            held = memory_budget(
-                meta_unet(shapes[0]), *shapes[1:], **settings | dict(precision=low, sequential_gradient=True))
+            shapes = model_shapes(str(home / 'tiny') if tiny else 'sd15')
+            held = memory_budget(shapes, **settings | dict(precision=low, sequential_gradient=True))
             counted = sum(held.values()) / 2**30
             found = measure(
                 bench_of(

@@ -4,7 +4,7 @@
 
 # %% ../nbs/7_commands/08_cli.ipynb #ee0f7e27
 from __future__ import annotations
-import atexit, importlib, json, logging, os, shlex, shutil, sys, textwrap, warnings
+import atexit, importlib, logging, os, shlex, shutil, sys, textwrap, warnings
 from pathlib import Path
 from typing import Annotated, Literal, Union, get_args, get_origin, get_type_hints
 import tyro
@@ -12,15 +12,14 @@ from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
-from .training.config import GROUPS, PRESETS, DEFAULT_PRESETS, Config, check, config_from_dict, grouped_settings
+from .training.config import GROUPS, PRESETS, HUB_PRESET, Config, check, config_from_dict, grouped_settings
 from .training.config import resume_folder, saved_config, settings_in_file, split_method
 from .commands.status import status
 
 # %% auto #0
 __all__ = ['COMMANDS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'sample', 'is_distributed', 'last_value',
-           'pipeline_name', 'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option',
-           'require_named', 'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process',
-           'main']
+           'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option', 'require_named',
+           'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process', 'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -107,29 +106,14 @@ def last_value(argv: list[str], name: str, default: str = '') -> str:
     return given[-1] if given else default
 
 # %% ../nbs/7_commands/08_cli.ipynb #80ba3a12
-def pipeline_name(folder: Path) -> str:
-    "The class that a folder's model_index.json names; '' if that cannot be told from it"
-    try:
-        return json.loads((folder / 'model_index.json').read_text(encoding='utf-8')).get('_class_name', '')
-    except (OSError, ValueError, AttributeError):
-        return ''
-
-
 def default_preset(teacher: str) -> str:
-    """The row to start from when none is named: by the teacher's family; Stable Diffusion's for a hub id; raises
+    """The row to start from when none is named: by the teacher's family; for a hub id `HUB_PRESET`; raises
     `InputError` for a file or folder that is no teacher"""
-    folder = Path(teacher).expanduser()
-    if teacher == 'embedded':
-        return teacher
-    if not folder.exists():
-        return DEFAULT_PRESETS[
-            'StableDiffusionPipeline'
-        ]  # a hub id or a typing error: known when it is opened
-    if usual := DEFAULT_PRESETS.get(pipeline_name(folder)):
-        return usual
+    if teacher == 'embedded': return teacher
+    if not Path(teacher).expanduser().exists(): return HUB_PRESET  # or a typing error: known when it is opened
     from sid_lsg_nb.teachers.registry import family_of
 
-    return DEFAULT_PRESETS[family_of(teacher)]
+    return family_of(teacher).default_preset
 
 
 def defaults_of(argv: list[str]) -> Config:

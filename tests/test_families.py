@@ -17,7 +17,7 @@ from sid_lsg_nb.core import max_abs, noise_for, rng
 from sid_lsg_nb.data.prompt_stream import PromptStream, text_batches
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.optim import EMA, make_adam
-from sid_lsg_nb.method.sampling import SIGMA_INIT, one_step, teacher_sample
+from sid_lsg_nb.method.sampling import one_step
 from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.steps import Learner, Networks, distill
 from sid_lsg_nb.teachers.edm import edm_teacher, save_edm, tiny_edm
@@ -128,8 +128,7 @@ CASES = {
 def train(case, teacher):
     "A few iterations -> both learners, the average, and what each iteration said"
     lo, hi = teacher.schedule.default_range
-    t_init = getattr(teacher, 't_init', teacher.schedule.sigma_to_t(SIGMA_INIT))
-    recipe = Recipe(kappa=case.kappa, **dict(t_min=lo, t_max=hi, t_init=t_init) | case.recipe)
+    recipe = Recipe(kappa=case.kappa, **dict(t_min=lo, t_max=hi, t_init=teacher.default_t_init) | case.recipe)
     teacher.check_guidance(recipe.kappa)
     teacher.check_t_init(recipe.t_init)
 
@@ -138,7 +137,7 @@ def train(case, teacher):
         return Learner(net, make_adam([p for p in net.parameters() if p.requires_grad], lr=case.lr))
 
     fake, gen = learner(), learner()
-    ema, prompts = EMA(gen.net, halflife=4), getattr(teacher, 'prompts', PROMPTS)
+    ema, prompts = EMA(gen.net, halflife=4), teacher.prompts if teacher.brings_prompts else PROMPTS
     batches = text_batches(PromptStream(prompts, 0), teacher.text, case.batch, case.micro, 0.5, rng(3))
     nets = Networks(teacher.denoiser, dict(fake=fake, generator=gen), teacher.text.null())
     states = distill(nets, make_method(recipe), batches, teacher.latent_shape, rng=rng(1), ema=ema)
@@ -225,5 +224,5 @@ def test_stock_diffusers_draws_what_the_generator_draws(trained):
 def test_teacher_draws_with_guidance(trained):
     t, two = trained.teacher, trained.prompts[:1] * 2
     kappa = 3.0 if trained.case.stock else 1.0
-    many = teacher_sample(t, noise_for([3, 4], t.latent_shape), t.text(two), t.text.null(), kappa, 4)
+    many = t.sample(noise_for([3, 4], t.latent_shape), t.text(two), t.text.null(), kappa, 4)
     assert many.isfinite().all()

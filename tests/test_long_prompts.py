@@ -6,7 +6,7 @@ import pytest
 from sid_lsg_nb.core import max_abs
 from sid_lsg_nb.testing import tiny_sana, tiny_sd3
 from sid_lsg_nb.testing import tiny_pixart
-from sid_lsg_nb.data.prompts import count_truncated, token_limits, prompts_from_list
+from sid_lsg_nb.data.prompts import count_truncated, prompts_from_list
 from sid_lsg_nb.testing import tiny_sdxl
 from sid_lsg_nb.teachers.registry import open_teacher
 
@@ -22,7 +22,7 @@ def read_to_the_end(text, n):
 @pytest.mark.parametrize('family', FAMILIES)
 def test_last_word(family, tmp_path):
     text = open_teacher(FAMILIES[family](tmp_path / 't')).text
-    tokens = max(token_limits(text))  # the encoder that reads most
+    tokens = max(text.token_counters())  # the encoder that reads most
     lo, hi = 1, tokens + 2  # words; every one is a token, or two
     assert read_to_the_end(text, lo) and not read_to_the_end(text, hi)
     while hi - lo > 1:

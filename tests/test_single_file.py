@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sid_lsg_nb.core import InputError, max_abs, noise_for
 from sid_lsg_nb.export.formats import save_single_file, unet_key, vae_key
 from sid_lsg_nb.teachers import single_file as S
-from sid_lsg_nb.teachers.stable_diffusion import load_sd, sd_teacher
+from sid_lsg_nb.teachers.stable_diffusion import StableDiffusionTeacher, load_sd
 from sid_lsg_nb.teachers.loading import find_class, load_part_config
 from sid_lsg_nb.teachers.student import save_student
 
@@ -32,7 +32,7 @@ def test_round_trip_to_the_bit(bundled, kind):
     if kind == 'ckpt':
         file = bundled.tmp / 'one.ckpt'
         torch.save(dict(state_dict=bundled.state, global_step=7, epoch=1), file)
-    again = sd_teacher(S.open_single_file(file), file)
+    again = StableDiffusionTeacher.from_pipeline(S.open_single_file(file), file)
     z, t = noise_for([1, 2], teacher.latent_shape), torch.tensor([625, 20])
     cond = teacher.text(['a 3d fox on a white background', ''])
     assert max_abs(again.denoiser(z, t, cond), teacher.denoiser(z, t, cond)) == 0
@@ -41,7 +41,7 @@ def test_round_trip_to_the_bit(bundled, kind):
     assert max_abs(again.decode(z), teacher.decode(z)) == 0
     assert max_abs(again.schedule.alphas, teacher.schedule.alphas) == 0
 
-    light = sd_teacher(S.open_single_file(file, weights=False), file, 'meta')
+    light = StableDiffusionTeacher.from_pipeline(S.open_single_file(file, weights=False), file, 'meta')
     assert light.device.type == 'meta' and light.latent_shape == teacher.latent_shape
 
 def test_header_says_the_prediction(bundled):

@@ -24,7 +24,7 @@ from sid_lsg_nb.method.schedule import DiscreteSchedule, FlowSchedule
 from sid_lsg_nb.method.sequential import SavedTensorMemory, generator_grad_sequential
 from sid_lsg_nb.method.steps import (
     Batch, Learner, Networks, Update, distill, fake_losses, generator_grad, run_update, split_noise)
-from sid_lsg_nb.teachers.base import Denoiser
+from sid_lsg_nb.teachers.stable_diffusion import UNetDenoiser
 
 FAKE, GENERATOR = Update(('fake',)), Update(('generator',))
 SD = DDIMScheduler(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012, clip_sample=False)
@@ -44,7 +44,7 @@ def tiny_denoiser(seed):
         sample_size=8, in_channels=4, out_channels=4, block_out_channels=(16, 32), layers_per_block=1,
         norm_num_groups=8, attention_head_dim=8, down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
         up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'), cross_attention_dim=16)
-    return Denoiser(net.double(), SCHEDULE)
+    return UNetDenoiser(net.double(), SCHEDULE)
 
 
 TEACHER, FAKE_NET, GEN_NET = (tiny_denoiser(s) for s in (1, 2, 3))

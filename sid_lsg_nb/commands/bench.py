@@ -11,22 +11,18 @@ from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 import diffusers, torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..core import EMBEDDED, InputError, atomic_write, cond_cat, cond_expand
 from ..data.prompt_stream import PromptStream
-from ..teachers.text_encoder import TextEncoder
 from ..teachers.base import Denoiser, Teacher
 from ..method.sequential import generator_grad_sequential
 from ..method.steps import frozen
 from ..method.guidance import Kappa
-from ..method.schedule import DiscreteSchedule
-from ..teachers.edm import is_edm
+from ..teachers.registry import brings_prompts, model_shapes, published_models
 from ..training.distributed import Distributed
-from ..training.memory import SHAPES, memory_budget, meta_unet, print_memory_budget
+from ..training.memory import memory_budget, print_memory_budget
 from .options import Bench
-from ..training.config import Config, teacher_shapes
+from ..training.config import Config
 from ..training.trainer import TrainingJob, iterate, setup
 
 # %% ../../nbs/7_commands/03_bench.ipynb #bddc0078
@@ -38,41 +34,19 @@ def bench_config(b: Bench) -> Config:
     return Config(
         **same,
         teacher='embedded' if b.teacher.startswith('random-') else b.teacher,
-        prompts='' if is_edm(b.teacher) else str(EMBEDDED / 'prompts.txt'),
+        prompts='' if brings_prompts(b.teacher) else str(EMBEDDED / 'prompts.txt'),
         total_batch_size=b.micro_batch,
         max_train_images=b.micro_batch,
     )
 
 # %% ../../nbs/7_commands/03_bench.ipynb #bd9ecca9
 def random_teacher(name: str, device) -> Teacher:
-    "A pipeline of published shapes with random weights; raises `InputError` for an unknown name"
-    key = name.removeprefix('random-')
-    if key not in SHAPES:
-        raise InputError(
-            f'{name!r} is not known; use one of {", ".join("random-" + k for k in SHAPES)}, "embedded" or a folder'
-        )
-    width = SHAPES[key][0]['cross_attention_dim']
-    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / 'teacher/tokenizer', model_max_length=77)
-    with torch.device(device):  # a billion random numbers, made where they are needed
-        unet = UNet2DConditionModel.from_config(SHAPES[key][0])
-        text = CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=width, intermediate_size=4 * width, num_hidden_layers=12 if width == 768 else 23,
-                num_attention_heads=width // 64, projection_dim=width)
-        )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-        down_block_types=('DownEncoderBlock2D',) * 4, up_block_types=('UpDecoderBlock2D',) * 4, sample_size=512)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule='scaled_linear', clip_sample=False
+    "A model of a published size with random weights; raises `InputError` for an unknown name"
+    key, known = name.removeprefix('random-'), published_models()
+    if key in known: return known[key].random(key, device)
+    raise InputError(
+        f'{name!r} is not known; use one of {", ".join("random-" + k for k in known)}, "embedded" or a folder'
     )
-    pipe = StableDiffusionPipeline(
-        vae, text, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    )
-    torch.nn.ModuleList([unet, text]).to(device).eval().requires_grad_(False)
-    return Teacher(
-        Denoiser(unet, DiscreteSchedule.from_scheduler(scheduler)), TextEncoder(tokenizer, text),
-        vae.eval().requires_grad_(False), pipe, name, 'cpu')
 
 # %% ../../nbs/7_commands/03_bench.ipynb #ec12c2d4
 def network_call(d: Denoiser):
@@ -192,13 +166,12 @@ def bench(b: Bench) -> dict | None:  # None: only the memory table was wanted
     "Print and keep a measurement; raises `InputError` for input that cannot work"
     if b.micro_batch < 1 or b.repeat < 1:
         raise InputError(f'micro_batch {b.micro_batch} and repeat {b.repeat} must be at least 1')
-    shapes = SHAPES.get(b.teacher.removeprefix('random-')) or teacher_shapes(b.teacher)
+    shapes = model_shapes(b.teacher.removeprefix('random-'))
     if shapes:
         print_memory_budget(
             'memory, counted from shapes (workspaces come on top):',
             counted := memory_budget(
-                meta_unet(shapes[0]),
-                *shapes[1:],
+                shapes,
                 micro_batch=b.micro_batch,
                 precision=bench_config(b).precision,
                 guided=b.kappa != 1,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'DTYPES', 'EXPORTERS', 'check_options', 'format_size', 'read_t_init_and_sigma', 'output_path',
-           'to_single_file', 'to_lora', 'to_onnx', 'to_fp16', 'to_card', 'export_to', 'unet_file', 'import_from']
+           'to_single_file', 'to_lora', 'to_onnx', 'to_fp16', 'to_card', 'check_export', 'export_to', 'unet_file',
+           'import_from']
 
 # %% ../../nbs/7_commands/07_convert.ipynb #562005fa
 import json, re, shlex
@@ -16,12 +17,11 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
 from ..core import InputError, pick_device
-from ..teachers.base import find_pipeline, pipeline_class
-from ..teachers.edm import is_edm
+from ..teachers.base import find_pipeline
 from ..export.import_checkpoint import import_student
 from ..export.formats import add_variant, export_onnx, save_lora, save_single_file, t_init_and_sigma
 from ..teachers.single_file import is_single_file
-from ..teachers.registry import open_teacher
+from ..teachers.registry import FAMILIES, family_of, open_teacher
 from ..export.model_card import push_to_hub, write_card
 from ..metrics.protocols import load_result
 from .options import Export, Import
@@ -203,18 +203,24 @@ def to_card(args: Export, s: ImageSource) -> list[str]:
 EXPORTERS = {'single-file': to_single_file, 'lora': to_lora, 'onnx': to_onnx, 'fp16': to_fp16, 'card': to_card}
 
 
+def check_export(args: Export, folder: str):
+    "Raise `InputError` for a form that students of this family cannot take"
+    family = family_of(folder)
+    if args.to in family.exports: return
+    able = ', '.join(f.title for f in dict.fromkeys(FAMILIES.values()) if args.to in f.exports)
+    stock = f', and {folder} opens in stock diffusers as it is' if family.opens_in_diffusers else ''
+    raise InputError(
+        f'{args.run!r} holds a student of {family.title}; --to {args.to} knows the layout of {able} only{stock}'
+    )
+
+
 def export_to(args: Export) -> list[str]:  # what was printed
     "Write, and say what is there and how to use it; raises `InputError` with nothing written"
     check_options(args)
     s = open_source(args.run)
     if s.kind != 'student':
         raise InputError(f'{args.run!r} is no student; give a run folder, or the generator/ inside it')
-    kind = 'an EDM network' if is_edm(s.path) else f'a {pipeline_class(s.path, s.path)}'
-    if args.to != 'card' and kind != 'a StableDiffusionPipeline':
-        raise InputError(
-            f'{args.run!r} is {kind}; --to {args.to} knows the layout of Stable Diffusion 1.x and 2.x only'
-            + ('' if is_edm(s.path) else f', and {s.path} opens in stock diffusers as it is')
-        )
+    check_export(args, s.path)
     said = EXPORTERS[args.to](args, s)
     print(*said, sep='\n  ')
     return said

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 import numpy as np
 from ..core import EMBEDDED, InputError
-from ..teachers.edm import is_edm, load_edm
+from ..teachers.registry import brings_prompts, open_teacher
 from ..data.images import ImageSet, images_from_folder, generated_images
 from ..data.prompt_stream import PromptStream, read_prompts
 from ..data.prompts import count_seen, prompt_hashes, open_prompts
@@ -123,7 +123,7 @@ def images_to_score(args:Evaluate, s:ImageSource, p:Protocol, device)->tuple[Ima
 
 def sampled_images(args:Evaluate, s:ImageSource, p:Protocol, device)->tuple[ImageSet, Protocol]:
     "One picture for each caption, with seeds from `--seed` on"
-    captions, p = choose_captions(args, p, load_edm(s.path).prompts if is_edm(s.path) else None)
+    captions, p = choose_captions(args, p, open_teacher(s.path).prompts if brings_prompts(s.path) else None)
     precision, seed = args.precision or 'fp32', args.seed or 0
     sampler, how = make_sampler(s, device, steps=args.steps, kappa=args.kappa, precision=precision)
     at = f' at {s.log[-1]["nimg"]:,} images' if s.log else ''

@@ -10,7 +10,7 @@ __all__ = ['COLUMN_NAMES', 'CHUNK_ROWS', 'DELIMITERS', 'READERS', 'SUPPORTED_FIL
            'arrow_types', 'file_type', 'open_to_read', 'find_column', 'read_entries', 'clean_prompt', 'write_arrow',
            'Prompts', 'text_size', 'fingerprint', 'cached_prompts', 'is_metadata', 'find_files', 'file_entries',
            'open_dataset', 'saved_dataset', 'dataset_entries', 'open_prompts', 'prompts_from_list', 'prompt_hash',
-           'prompt_hashes', 'count_seen', 'token_limits', 'count_truncated', 'describe_truncated', 'bundled_words',
+           'prompt_hashes', 'count_seen', 'count_truncated', 'describe_truncated', 'bundled_words',
            'unfamiliar_prompts']
 
 # %% ../../nbs/3_data/02_prompts.ipynb #402cd3c1
@@ -631,17 +631,6 @@ def count_seen(
     return int((hashes[at] == mine).sum())
 
 # %% ../../nbs/3_data/02_prompts.ipynb #0fd6d37f
-def token_limits(text)->dict[int, object]: # tokens that are read -> a tokenizer that counts them
-    "What the text encoder of a teacher reads; empty for one of classes"
-    if hasattr(text, 'clips'): # SD3: two of CLIP, and T5 if it is there
-        tokenizer = text.clips[0][0]
-        pairs = [(tokenizer.model_max_length, tokenizer)] + [(text.length, text.words3)]*(text.t5 is not None)
-    elif hasattr(text, 'tokenizers'): pairs = [(t.model_max_length, t) for t in text.tokenizers]
-    else:
-        found = [t] if (t := getattr(text, 'tokenizer', None)) else []
-        pairs = [(getattr(text, 'length', t.model_max_length), t) for t in found]
-    return dict(pairs)
-
 def count_truncated(
     prompts:Prompts,
     text, # the text encoder of a teacher
@@ -649,13 +638,11 @@ def count_truncated(
 )->list[dict]: # per limit: tokens, longer (prompts), of (prompts), tokenised (0: all that could be longer)
     "How many prompts are longer than the text encoder reads"
     out, sizes = [], prompts.sizes()
-    for tokens, tokenizer in token_limits(text).items():
+    for tokens, count in text.token_counters().items():
         maybe = np.flatnonzero(sizes + 8 > tokens)           # a token takes a byte; the ends have marks of their own
         sample = maybe
         if len(maybe) > most: sample = np.random.default_rng(0).choice(maybe, most, replace=False)
-        words = [p if hasattr(text, 'clips') else p.lower() for p in prompts.many(sample)]
-        ids = tokenizer(words, truncation=False, padding=False, verbose=False).input_ids if words else []
-        longer = sum(len(i) > tokens for i in ids)/max(len(sample), 1)*len(maybe)
+        longer = sum(n > tokens for n in count(prompts.many(sample)))/max(len(sample), 1)*len(maybe)
         tokenised = 0 if len(sample) == len(maybe) else most
         out.append(dict(tokens=tokens, longer=round(longer), of=len(prompts), tokenised=tokenised))
     return out

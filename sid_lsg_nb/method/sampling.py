@@ -69,17 +69,14 @@ def step_times(
 # %% ../../nbs/1_method/05_sampling.ipynb #47adbc6c
 @torch.no_grad()
 def teacher_sample(
-    teacher,  # a `Teacher`
+    teacher,  # with a denoiser, its schedule, `make_scheduler()` and `scheduler_time(k)`
     z: Tensor,  # start noise [B,C,H,W]
     cond: Cond,  # conditioning of the prompts [B, ...]
     null: Cond,  # conditioning of "" [1, ...]
     kappa: float = 3.0,  # guidance scale
     steps: int = 25,  # network evaluations (of a doubled batch when kappa != 1)
 ) -> Tensor:  # latents [B,C,H,W]
-    """The teacher's own many-step answer, with its solver: diffusers' DPM-Solver++ for Stable Diffusion; or with
-    the sampler that it brings"""
-    if own := getattr(teacher, 'sample', None):
-        return own(z, cond, null, kappa, steps)
+    "The teacher's own many-step answer, with its solver: diffusers' DPM-Solver++ for Stable Diffusion"
     scheduler = teacher.make_scheduler()
     scheduler.set_timesteps(steps, device=z.device)
     x = z * getattr(scheduler, 'init_noise_sigma', 1.0)

@@ -76,13 +76,21 @@ class StudentStart:
     t_init:float|None = None # None: not known
     sigma:float|None = None # sigma_t/alpha_t there; None: not known
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelShapes:
     "What the memory of a run is counted from, before there are weights"
-    net:dict # config of the network
+    denoiser:type # how the network is called
+    network:type # class of diffusers
+    config:dict # of the network
+    latent:tuple[int, int, int] # (C, H, W)
+    cond:dict[str, tuple] # shape of one row of each entry of `Cond`
     text:float # weights of the text encoders, in millions
     vae:float # weights of the VAE, in millions
     hub_id:str = '' # where it is published
+
+    def build(self)->Denoiser:
+        "The network with random weights; without any under `torch.device('meta')`"
+        return self.denoiser(self.network.from_config(self.config), None)
 
 USAGE = """from diffusers import {kind}
 pipe = {kind}.from_pretrained('{where}')
@@ -107,7 +115,8 @@ class Teacher:
     brings_prompts = False # True: `prompts` are all there are, such as the names of classes
     supports_guidance = True # False: it was not trained without a condition
     published = {} # name -> `ModelShapes`: sizes that can be measured without the weights
-    library, task, card_tags = 'diffusers', 'text-to-image', () # of the model card's front matter
+    library, task = 'diffusers', 'text-to-image' # of the model card's front matter
+    card_tags = 'text-to-image', 'diffusers', 'one-step', 'distillation', 'sid-lsg'
     usage, example_prompt = USAGE, 'a photo of a cat' # of the model card: code that draws
 
     # ---- known before anything is opened
@@ -131,6 +140,11 @@ class Teacher:
     def shapes(cls, path)->ModelShapes|None: # None: not known
         "What the memory of a run is counted from"
         return next((s for s in cls.published.values() if s.hub_id == path), None)
+
+    @classmethod
+    def random(cls, name:str, device)->'Teacher':
+        "A model of one of the `published` sizes with random weights, to measure with"
+        raise NotImplementedError
 
     @classmethod
     def is_student(cls, folder)->bool:

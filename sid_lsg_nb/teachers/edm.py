@@ -193,7 +193,8 @@ class EDMTeacher(Teacher):
     title = 'EDM'
     default_preset = 'cifar10-sid'
     opens_in_diffusers, brings_prompts = False, True
-    library, task, card_tags = 'sid-lsg-nb', 'unconditional-image-generation', ('edm',)
+    library, task = 'sid-lsg-nb', 'unconditional-image-generation'
+    card_tags = 'one-step', 'distillation', 'edm'
     usage, example_prompt = USAGE_EDM, '0'
 
     @classmethod

@@ -17,6 +17,7 @@ from .text_encoder import TextEncoder, token_counter
 from .loading import CLIP_TOKENIZERS, PLAIN_VAE, T5_TOKENIZERS, Layout, require
 from .flow import FlowDenoiser, FlowStudent, FlowTeacher, flow_teacher, load_flow_student
 from .flow import open_flow_pipeline
+from .stable_diffusion import SD_TAGS
 
 # %% ../../nbs/2_teachers/09_sd3.ipynb #96bdb16b
 class SD3TextEncoder(TextEncoder):
@@ -92,7 +93,7 @@ class SD3Teacher(FlowTeacher):
     kinds = ('StableDiffusion3Pipeline',)
     title = 'Stable Diffusion 3'
     default_preset = 'sd3-sid-dit'
-    card_tags = ('stable-diffusion',)
+    card_tags = SD_TAGS
 
     @classmethod
     def load_flow(cls, path, device, dtype:torch.dtype)->'SD3Teacher':

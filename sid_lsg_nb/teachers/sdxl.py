@@ -21,7 +21,7 @@ from .loading import CLIP_TOKENIZERS, PLAIN_VAE, PLAIN_UNET, Layout, open_pipeli
 from .base import Denoiser, PipelineTeacher, check_class, find_pipeline
 from .student import ONE_STEP_EULER, Student, check_one_step, one_step_scheduler
 from .student import prefix_text_keys, student_folder, write_vocab_files
-from .stable_diffusion import UNetDenoiser
+from .stable_diffusion import SD_TAGS, UNetDenoiser
 
 # %% ../../nbs/2_teachers/06_sdxl.ipynb #e8efb17b
 class SDXLTextEncoder(TextEncoder):
@@ -94,7 +94,7 @@ class SDXLTeacher(PipelineTeacher):
     title = 'SDXL'
     default_preset = 'sdxl-sim'
     student_scheduler = ONE_STEP_EULER
-    card_tags = ('stable-diffusion',)
+    card_tags = SD_TAGS
 
     @classmethod
     def load(cls, path, device='cpu', dtype=torch.float32, prediction_type='')->'SDXLTeacher':

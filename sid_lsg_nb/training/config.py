@@ -18,14 +18,14 @@ else: Recipe = TypeVar('Recipe')
 # %% auto #0
 __all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'SD15', 'SD21', 'SD21_768', 'SDXL', 'PIXART',
            'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD', 'TWO_AT_ONCE', 'ALL_FP16',
-           'PUBLISHED', 'COMMON', 'PRESETS', 'DEFAULT_PRESETS', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS',
+           'PUBLISHED', 'COMMON', 'PRESETS', 'HUB_PRESET', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS',
            'OF_ONE_RUN', 'TIMED', 'Config', 'grouped_settings', 'guidance_scales', 'split_method', 'read_method',
            'with_method_sha', 'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command',
            'check', 'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations', 'check_files',
            'check_gan_times', 'resolve', 'recipe_of', 'lr_of', 'run_title', 'preset_from_row', 'require_run_folder',
            'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type', 'config_from_dict', 'settings_in_file',
-           'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'teacher_shapes', 'count_weights',
-           'estimate_time', 'print_memory', 'files_of', 'dry_run']
+           'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'estimate_time', 'benchmark_name',
+           'print_memory', 'files_of', 'dry_run']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Config:
     # images after which the generator has an adversarial loss; default: a fifth of the run, at most the
     # published 200,000
     gan_start: int | None = None
-    gan_layer: str = ''            # of the fake's network; default: its deepest
+    gan_layer: str = ''            # of the fake's network; default: what its family names
     # prompts dropped for the fake when it is guided (kappa1 or kappa2 not 1)
     proportion_empty_prompts: float = 0.1
     max_train_images: int = 8_800  # images to train on
@@ -511,10 +511,7 @@ def preset_from_row(name:str)->Config:
     return Config(**COMMON | own | more)
 
 PRESETS = dict(embedded=Config(), **{name: preset_from_row(name) for name in PUBLISHED})
-DEFAULT_PRESETS = dict( # the row to start from, by the teacher's family, if none is named
-    StableDiffusionPipeline='sd15-lsg-1.5', StableDiffusionXLPipeline='sdxl-sim', PixArtAlphaPipeline='pixart-sim',
-    PixArtSigmaPipeline='pixart-sim', StableDiffusion3Pipeline='sd3-sid-dit', SanaPipeline='sana-sid-dit',
-    EDM='cifar10-sid')
+HUB_PRESET = 'sd15-lsg-1.5' # for a teacher that is not here, so that its family is not known, if no preset is named
 
 # %% ../../nbs/6_training/04_config.ipynb #c12fd6eb
 LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
@@ -677,36 +674,6 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     return keys
 
 # %% ../../nbs/6_training/04_config.ipynb #7656064c
-def teacher_shapes(
-    teacher: str,
-) -> tuple | None:  # the UNet's config, weights of text encoder and VAE in millions; None: unknown
-    "What a teacher's folder says about its size"
-    from sid_lsg_nb.core import EMBEDDED
-    from sid_lsg_nb.teachers.base import pipeline_class
-    from sid_lsg_nb.training.memory import SHAPES
-
-    if known := {SD15: 'sd15', SD21: 'sd21-base'}.get(teacher):
-        return SHAPES[known]
-    folder = EMBEDDED / 'teacher' if teacher == 'embedded' else Path(teacher).expanduser()
-    if not (folder / 'unet/config.json').is_file():
-        return None
-    if pipeline_class(str(folder), teacher) != 'StableDiffusionPipeline':
-        return None  # what a budget is known for
-    unet = json.loads((folder / 'unet/config.json').read_text())
-    return unet, *(count_weights(folder / part) / 1e6 for part in ('text_encoder', 'vae'))
-
-
-def count_weights(folder: Path) -> int:
-    "How many numbers the safetensors files of a folder hold, read from their headers"
-    from safetensors import safe_open
-
-    count = 0
-    for file in folder.glob('*.safetensors'):
-        with safe_open(file, 'pt') as f:
-            count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
-    return count
-
-
 TIMED = (
     'micro_batch',
     'mixed_precision',
@@ -728,7 +695,7 @@ def estimate_time(
 ) -> str:  # '' where nothing was measured
     "How long the training itself takes on a card, from what was measured on such a card with these settings"
     same = TIMED + ('lora_rank',) * (config.lora != 'none')
-    teacher = {SD15: 'random-sd15', SD21: 'random-sd21-base'}.get(config.teacher, config.teacher)
+    teacher = benchmark_name(config.teacher)
     guided, ema = guidance_scales(config) != Kappa(), 'ema' in config.offload
     if config.fake_updates > 1 or split_method(config.method):
         return ''
@@ -751,17 +718,25 @@ def estimate_time(
     return ''
 
 
+def benchmark_name(teacher: str) -> str:
+    "What a benchmark of this teacher calls it: a published size is measured with random weights"
+    from sid_lsg_nb.teachers.registry import published_models
+
+    sizes = {f.published[name].hub_id: f'random-{name}' for name, f in published_models().items()}
+    return sizes.get(teacher, teacher)
+
+
 def print_memory(config: Config):
     "The memory of one process, counted from the shapes of a known teacher"
-    from sid_lsg_nb.training.memory import memory_budget, meta_unet, print_memory_budget
+    from sid_lsg_nb.teachers.registry import model_shapes
+    from sid_lsg_nb.training.memory import memory_budget, print_memory_budget
 
-    c, shapes = config, teacher_shapes(config.teacher)
+    c, shapes = config, model_shapes(config.teacher)
     if shapes is None:
         print(f'memory: unknown for this kind of teacher, or before {c.teacher!r} is fetched')
         return
     parts = memory_budget(
-        meta_unet(shapes[0]),
-        *shapes[1:],
+        shapes,
         micro_batch=c.micro_batch,
         precision=c.precision,
         guided=guidance_scales(c) != Kappa(),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from ..core import DISAGREEMENT, atomic_file, image_grid, noise_for
-from ..method.sampling import few_steps, step_times, teacher_sample
+from ..method.sampling import few_steps, step_times
 from ..teachers.base import Denoiser, Teacher
 
 # %% ../../nbs/6_training/07_drawing.ipynb #67177f19
@@ -71,7 +71,7 @@ def many_step_draw(teacher:Teacher, kappa:float, steps:int)->Callable: # (prompt
     def draw(prompts, seeds):
         z = noise_for(seeds, teacher.latent_shape).to(teacher.device)
         cond, null = teacher.text(prompts), teacher.text.null()
-        return teacher.decode(teacher_sample(teacher, z, cond, null, kappa=kappa, steps=steps))
+        return teacher.decode(teacher.sample(z, cond, null, kappa, steps))
     return draw
 
 # %% ../../nbs/6_training/07_drawing.ipynb #54b52e5c

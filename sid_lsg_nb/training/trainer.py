@@ -25,14 +25,12 @@ from uuid import uuid4
 import numpy as np
 import torch
 from filelock import FileLock, Timeout
-from diffusers import ModelMixin
 from tqdm.auto import tqdm
 from ..core import DISAGREEMENT, EMBEDDED, InputError, RunError, atomic_write, read_json_or, rng
 from ..data.prompt_stream import PromptStream, text_batches
 from ..method.schedule import DiscreteSchedule
 from ..teachers.loading import print_once
 from ..teachers.base import Denoiser, Teacher
-from ..method.sampling import SIGMA_INIT
 from ..method.optim import EMA, make_adam
 from ..method.steps import DistillState, Method, Networks, distill
 from ..method.adversary import Discriminator
@@ -45,8 +43,7 @@ from ..data.prompts import Prompts, count_truncated, prompt_hashes, prompts_from
 from ..metrics.features import Compute, FeatureNetwork, bundled_feature_network, load_inception
 from ..data.images import images_from_folder, generated_images
 from ..metrics.protocols import PROTOCOLS, one_line_warnings, score_images
-from ..teachers.edm import is_edm
-from ..teachers.registry import is_local, open_teacher
+from ..teachers.registry import brings_prompts, is_local, open_teacher
 from .distributed import Distributed, allow_tf32, shard_like, make_learner, precision_of, shard_fsdp, versions, gather_full
 from .memory import LoraView, plain_copy
 from ..data.real_images import RealBatches, encode_folder
@@ -143,7 +140,7 @@ class TolerantStream:
 # %% ../../nbs/6_training/08_trainer.ipynb #663d1b8d
 def check_lora(config: Config, teacher: Teacher):
     "Raise `InputError` for a LoRA on a network that cannot carry one"
-    if config.lora == 'none' or isinstance(teacher.denoiser.net, ModelMixin):
+    if config.lora == 'none' or teacher.denoiser.lora_targets:
         return
     raise InputError(f'the network of teacher {teacher.path!r} cannot carry a LoRA; leave --lora away')
 
@@ -162,7 +159,7 @@ class Start:
     def copy(self, role: str) -> Denoiser:  # gradients on
         "A network that answers as the teacher does, to be trained in this role"
         if self.config.lora in (role, 'both'):
-            return self.base.with_net(LoraView(self.base.net, role, self.config.lora_rank))
+            return self.base.with_net(LoraView(self.base.net, role, self.config.lora_rank, self.base.lora_targets))
         return self.configure(self.source.copy())
 
     @torch.no_grad()
@@ -237,7 +234,7 @@ class TrainingJob:
 
 def find_prompts(config: Config, processes: Distributed) -> Prompts | None:  # None: the teacher brings its own
     "Open the prompts, first in one process (which may have to build a cache), then in all"
-    if not config.prompts and any(processes.all_gather(is_edm(config.teacher))):
+    if not config.prompts and any(processes.all_gather(brings_prompts(config.teacher))):
         return None
     if config.teacher != 'embedded' and not config.prompts:
         raise InputError(
@@ -267,11 +264,7 @@ def resolve_times(config: Config, teacher) -> Recipe:
             f'teacher {teacher.path!r} has a table of {len(schedule)} times; give whole numbers for t_init, t_min '
             f'and t_max'
         )
-    t_init = (
-        getattr(teacher, 't_init', schedule.sigma_to_t(SIGMA_INIT))
-        if config.t_init is None
-        else config.t_init
-    )
+    t_init = teacher.default_t_init if config.t_init is None else config.t_init
     t_init = t_init if table else float(t_init)  # a whole number would mean a table's row
     last = len(schedule) - table if hasattr(schedule, '__len__') else 1
     if t_init > last:
@@ -291,9 +284,6 @@ LOG_LIGHT = 1_000_000_000  # weights; heavier text encoders are opened in anothe
 def fingerprint(teacher) -> str:  # SHA-256
     """What a teacher computes with, wherever its files lie: names, shapes and up to 8,192 numbers of each of its
     tensors, and its schedule's"""
-    parts = dict(
-        getattr(getattr(teacher, 'pipe', None), 'components', {}), net=teacher.denoiser.net, vae=teacher.vae
-    )
     digest = hashlib.sha256(str(getattr(teacher.schedule, 'prediction', '')).encode())
 
     def take(name, value):
@@ -302,7 +292,7 @@ def fingerprint(teacher) -> str:  # SHA-256
             value.detach().flatten()[:: max(1, value.numel() // 4096)].double().cpu().numpy().tobytes()
         )
 
-    for name, part in sorted((k, p) for k, p in parts.items() if isinstance(p, torch.nn.Module)):
+    for name, part in sorted(teacher.modules().items()):
         if sum(p.numel() for p in part.parameters()) < LOG_LIGHT or name == 'net':
             for k, v in part.state_dict().items():
                 take(f'{name}.{k}', v)
