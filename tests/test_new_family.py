@@ -143,7 +143,7 @@ def test_it_trains_is_saved_opens_and_draws(teacher, tmp_path, how):
     assert all(max_abs(v, before.denoiser.net.state_dict()[k]) > 0 for k, v in state.items() if 'weight' in k)
     drawn = student(['red', 'blue'], [3, 4])
     assert drawn.shape == (2, 3, 8, 8) and drawn.isfinite().all() and max_abs(drawn[:1], drawn[1:]) > 0
-    assert max_abs(student(['blue'], [4]), drawn[1:]) == 0
+    assert max_abs(student(['blue'], [4]), drawn[1:]) < 1e-5
 
 def test_what_is_saved_is_what_was_given(teacher, tmp_path):
     t = open_teacher(teacher)
