@@ -1,7 +1,8 @@
-"""DMD2's frame as a method in one file (`nbs/recipes/dmd2.py`): several updates of the fake before each of the generator, and a
-discriminator with weights of its own. Its gradient in closed form, both sides of its adversary by hand, and the real trainer."""
+"""DMD2's frame as a method in one file (`nbs/recipes/dmd2.py`): several updates of the fake before each of the
+generator, and a discriminator with weights of its own. Its gradient in closed form, both sides of its adversary by
+hand, and the real trainer."""
 
-import json, sys
+import json, os, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 import numpy as np
@@ -70,8 +71,8 @@ def learner(net):
 
 @pytest.mark.parametrize('case', [CASE_A, CASE_B, CASE_C], ids='ABC')
 def test_the_distribution_matching_gradient(case):
-    """E[(S_fake - S_real)^T dx_t/dtheta] sigma^2/alpha^2 of two Gaussians, by exact quadrature over z and eps; the closed form
-    is that of chapter 02, which is the slope of the KL divergence"""
+    """E[(S_fake - S_real)^T dx_t/dtheta] sigma^2/alpha^2 of two Gaussians, by exact quadrature over z and eps; the
+    closed form is that of chapter 02, which is the slope of the KL divergence"""
     s = Levels(case.alpha_t, case.sigma_t)
     real, fake = Answer(lambda n, x: case.y_real(x), s), Answer(lambda n, x: case.y_fake(x) + 0 * n.w, s, w=0.0)
     gen = Answer(lambda n, x: n.mu + n.std * x, s, mu=case.mu2, std=case.s2)
@@ -96,7 +97,8 @@ class Small(nn.Module):
     def __init__(self, seed, schedule):
         super().__init__()
         torch.manual_seed(seed)
-        self.enc, self.out, self.schedule = nn.Conv2d(3, 6, 3, padding=1).double(), nn.Conv2d(6, 3, 1).double(), schedule
+        self.enc, self.out = nn.Conv2d(3, 6, 3, padding=1).double(), nn.Conv2d(6, 3, 1).double()
+        self.schedule = schedule
 
     def forward(self, x_t, _t, _cond):
         return self.out(torch.tanh(self.enc(x_t)))
@@ -186,9 +188,10 @@ def place(tmp_path_factory):
 
 def config(place, **k):
     base = dict(
-        method=f'{FILE}:dmd2', real_images=str(place / 'real'), fake_updates=3, gan_freeze_generator_until=0, gan_start=8,
-        device='cpu', total_batch_size=8, max_train_images=32, sample_every=0, checkpoint_every=16, log_every=8, n_eval=0,
-        checkpoints_total_limit=4)
+        method=f'{FILE}:dmd2', real_images=str(place / 'real'), fake_updates=3, gan_freeze_generator_until=0,
+        gan_start=8,
+        device='cpu', total_batch_size=8, max_train_images=32, sample_every=0, checkpoint_every=16, log_every=8,
+        n_eval=0, checkpoints_total_limit=4)
     return Config(**base | k)
 
 def state(folder, nimg):
@@ -226,6 +229,23 @@ def test_micro_batches_equal_whole_batches(place):
         assert abs(states[1].logs[k] - v) <= 1e-4 * max(1.0, abs(v)), k
     norms = [[float(s.logs[k]) for k in ('norm', 'norm_fake')] for s in states]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+def test_two_processes_are_one(place):
+    "Fake and head learn from one backward in each process, their gradients are averaged: the numbers of one"
+    options = f'''--method {FILE}:dmd2 --real-images real --fake-updates 2 --gan-freeze-generator-until 0
+        --gan-start 8 --device cpu --total-batch-size 8 --micro-batch 2 --max-train-images 16 --sample-every 0
+        --n-eval 0 --log-every 8'''
+    many = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'sid_lsg_nb.cli', 'distill']
+    logs = {}
+    for out, launch in (('two', many), ('one', [sys.executable, '-m', 'sid_lsg_nb.cli', 'distill'])):
+        done = subprocess.run(
+            [*launch, *options.split(), '--out', out], cwd=place, capture_output=True, text=True,
+            env=os.environ | dict(OMP_NUM_THREADS='1'))
+        assert done.returncode == 0, done.stderr
+        logs[out] = [json.loads(line) for line in (place / out / 'log.jsonl').read_text().splitlines()]
+    for a, b in zip(logs['two'], logs['one'], strict=True):
+        a, b = ({k: v for k, v in row.items() if k != 'img_per_s'} for row in (a, b))
+        assert a == pytest.approx(b, rel=1e-4)
 
 def test_several_updates_of_the_fake(place):
     "Each has its own prompts, pictures and noise; the log averages them; images are counted once per iteration"

@@ -83,7 +83,8 @@ def test_nobody_elses_file_is_run(place, capsys):
 @pytest.mark.parametrize(
     'text, name, word',
     [
-        ('', 'mine.py:lost', "has no 'lost'"), ('', 'gone.py:plain', 'cannot be read'), ('x = 3', 'mine.py:x', 'neither a loss'),
+        ('', 'mine.py:lost', "has no 'lost'"), ('', 'gone.py:plain', 'cannot be read'),
+        ('x = 3', 'mine.py:x', 'neither a loss'),
         ('def mean(e): return e.x_g.mean()', 'mine.py:mean', 'not a number for each'),
         ('def mixed(e):\n    x = e.x_g.flatten(1).sum(1)\n    return x - x.mean()', 'mine.py:mixed', 'mixes pictures'),
         ('1/0', 'mine.py:plain', 'ZeroDivisionError')])

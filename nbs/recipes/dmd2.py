@@ -2,10 +2,10 @@
 
     sid-lsg distill --method nbs/recipes/dmd2.py:dmd2 --real-images FOLDER --fake-updates 5
 
-Diff-Instruct's gradient, several updates of the fake before each of the generator, and a head with weights of its own that
-reads the fake's features and tells real pictures from generated ones. Its noise and times are those of the score's forward
-(the paper's code draws them anew); --gan-layer, --gan-weight-generator, --gan-weight-discriminator, --gan-start and
---gan-freeze-generator-until mean what they mean for SiDA.
+Diff-Instruct's gradient, several updates of the fake before each of the generator, and a head with weights of its own
+that reads the fake's features and tells real pictures from generated ones. Its noise and times are those of the score's
+forward (the paper's code draws them anew); --gan-layer, --gan-weight-generator, --gan-weight-discriminator, --gan-start
+and --gan-freeze-generator-until mean what they mean for SiDA.
 """
 
 from dataclasses import dataclass, replace

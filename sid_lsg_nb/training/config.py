@@ -426,7 +426,8 @@ def recipe_of(
     )
     gradient = generator_grad_sequential if c.sequential_gradient or c.lora != 'none' else generator_grad
     return Recipe(
-        method=own_method(c), kappa=guidance_scales(c), adversary=adversary if c.real_images else None, gradient=gradient, **times, **own)
+        method=own_method(c), kappa=guidance_scales(c), adversary=adversary if c.real_images else None,
+        gradient=gradient, **times, **own)
 
 
 def lr_of(config: Config, role: str, nimg: int = 0) -> float:
