@@ -44,7 +44,9 @@ class DotsNet(nn.Module):
 
 class DotsText(TextEncoder):
     device = torch.device('cpu')
-    def __call__(self, prompts): return dict(word=torch.tensor([float(WORDS.index(p) + 1) if p else 0. for p in prompts]))
+
+    def __call__(self, prompts):
+        return dict(word=torch.tensor([float(WORDS.index(p) + 1) if p else 0. for p in prompts]))
 
 class DotsDenoiser(Denoiser):
     lora_targets, feature_layer = ('enter', 'middle', 'leave'), 'middle'
@@ -132,7 +134,8 @@ def test_another_family_cannot_take_its_kind(teacher):
 
 @pytest.mark.parametrize('how', ['plain', 'lora', 'real'])
 def test_it_trains_is_saved_opens_and_draws(teacher, tmp_path, how):
-    more = dict(plain={}, lora=dict(lora='both', lora_rank=2), real=dict(gan_freeze_generator_until=0, gan_start=8))[how]
+    real = dict(gan_freeze_generator_until=0, gan_start=8)
+    more = dict(plain={}, lora=dict(lora='both', lora_rank=2), real=real)[how]
     if how == 'real': more |= dict(real_images=pictures(tmp_path/'real'))
     rows = run(teacher, tmp_path/'run', **more)
     assert len(rows) == 3 and all(np.isfinite(r['loss']) and r['norm'] > 0 for r in rows)
@@ -149,7 +152,8 @@ def test_what_is_saved_is_what_was_given(teacher, tmp_path):
     t = open_teacher(teacher)
     student = open_student(save_student(t, t.denoiser, tmp_path/'student'))
     assert student.t_init == t.default_t_init
-    with torch.no_grad(): want = one_step(t.denoiser, noise_for([5], t.latent_shape), t.text(['green']), t.default_t_init)
+    z = noise_for([5], t.latent_shape)
+    with torch.no_grad(): want = one_step(t.denoiser, z, t.text(['green']), t.default_t_init)
     assert max_abs(student(['green'], [5]), t.decode(want)) == 0
 
 def test_its_card_and_its_exports(teacher, tmp_path):

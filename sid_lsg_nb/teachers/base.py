@@ -99,8 +99,9 @@ image.save('picture.png')"""
 
 @dataclass
 class Teacher:
-    """A pretrained model, seen as its parts; a family is a subclass that is given to `register_family`. Class attributes and
-    class methods say what is known before anything is opened, fields and methods what an open model has and does"""
+    """A pretrained model, seen as its parts; a family is a subclass that is given to `register_family`. Class
+    attributes and class methods say what is known before anything is opened, fields and methods what an open model
+    has and does"""
     denoiser:Denoiser # frozen; knows how its network is called, where a LoRA goes, what a discriminator reads
     text:TextEncoder # prompts to `Cond`; encodes "" as `null()`
     path:str # what it was opened from
@@ -152,7 +153,7 @@ class Teacher:
         raise NotImplementedError
 
     @classmethod
-    def student_start(cls, folder)->StudentStart:
+    def student_start(cls, _folder)->StudentStart:
         "Where the one step of a saved generator begins"
         return StudentStart(cls.kinds[0])
 

@@ -56,7 +56,7 @@ class KarrasSchedule(EDMSchedule):
         device='cpu',
         sampling:str='uniform', # how t is drawn
     )->Tensor: # [n]
-        "n times, uniform on [t_min, t_max) (SiD's choice for the generator's step), or by another of `TIMESTEP_SAMPLINGS`"
+        "n times, uniform on [t_min, t_max) as SiD's for the generator, or by another of `TIMESTEP_SAMPLINGS`"
         check_time_range(t_min, t_max, 0, len(self))
         if sampling != 'uniform': return sample_time_from(self, sampling, n, t_min, t_max, generator, device)
         return t_min + (t_max - t_min)*torch.rand(n, generator=generator, device=device)

@@ -158,9 +158,8 @@ def read_pixart(
     weights:bool=True, # False: on the meta device
 )->DiffusionPipeline:
     "Open part by part; raises `InputError` for another pipeline, and for missing or broken files"
-    layout = Layout(
-        check_class(where, path, PIXART_PIPELINES), PIXART_PARTS, fixed=dict(transformer=dict(norm_type='ada_norm_single'), vae=PLAIN_VAE)
-    )
+    found, fixed = check_class(where, path, PIXART_PIPELINES), dict(norm_type='ada_norm_single')
+    layout = Layout(found, PIXART_PARTS, fixed=dict(transformer=fixed, vae=PLAIN_VAE))
     return open_pipeline(
         where, path, layout, {'': dtype, 'text_encoder': text_dtype}, prediction_type, weights
     )

@@ -27,7 +27,7 @@ class TextEncoder:
         if self._null is None: self._null = self([''])
         return self._null
 
-    def token_counters(self)->dict[int, Callable]: # tokens that are read -> function from prompts to their numbers of tokens
+    def token_counters(self)->dict[int, Callable]: # tokens that are read -> counts those of prompts
         "Counts tokens that are read and cut off, one entry per tokenizer; empty if nothing is cut"
         return {}
 
