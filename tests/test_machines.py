@@ -1,8 +1,9 @@
-"Two machines with disks of their own: two `torchrun` nodes in two folders of this one (gloo, loopback)."
+"Two machines with disks of their own: two nodes in two folders of this one (gloo, loopback), once by `torchrun`."
 
-import json, os, shutil, socket, subprocess, sys, time
+import json, shutil, socket, subprocess, sys
 import pytest
 import torch
+from forks import clean_env, finish, start_ranks
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.testing import tiny_pipeline
 
@@ -28,37 +29,38 @@ def disks(tmp_path_factory):
         )
     return a, b
 
-def together(disks, *flags, env=(), own=((), ())):
-    "One run on both: `(status, what it said, seconds)` of each"
+def together(disks, *flags, own=((), ()), seconds=180):
+    "One run on both: `(status, what it said)` of each"
+    words = [['-m', 'sid_lsg_nb.cli', 'distill', *FLAGS, *flags, *more] for more in own]
+    nodes = start_ranks(words, disks, clean_env(), local=False)
+    return [(status, out + err) for status, out, err in finish(nodes, seconds)]
+
+def torchrun(disks, *flags, env=()):
+    "The same, each by a `torchrun` of its own"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    env = (
-        {k: v for k, v in os.environ.items() if k != 'IN_TEST'}
-        | dict(OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='agg')
-        | dict(env)
-    )
     node = lambda k: [
         sys.executable, '-m', 'torch.distributed.run', '--nnodes', '2', '--node-rank', str(k), '--master-addr',
         '127.0.0.1', '--master-port', str(port), '--nproc-per-node', '1', '-m', 'sid_lsg_nb.cli', 'distill', *FLAGS,
-        *flags, *own[k]]
+        *flags]
     ps = [
         subprocess.Popen(
-            node(k), cwd=disk, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            node(k), cwd=disk, env=clean_env(**dict(env)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             encoding='utf-8', errors='replace')
         for k, disk in enumerate(disks)
     ]
-    start, ends = time.monotonic(), []
+    said = []
     try:
-        ends = [(p.communicate(timeout=180)[0], p.returncode, time.monotonic() - start) for p in ps]
+        said = [p.communicate(timeout=180)[0] for p in ps]
     finally:
         for p in ps:
             p.poll() is None and p.kill()
-    return [(rc, said, t) for said, rc, t in ends]
+    return [(p.returncode, text) for p, text in zip(ps, said)]
 
 def test_start_and_resume_with_a_disk_each(disks):
     a, b = disks
-    (rc, said, _), (rc2, other, _) = together(disks, '--out', 'run', '--max-train-images', '8', env=LEFT)
+    (rc, said), (rc2, other) = torchrun(disks, '--out', 'run', '--max-train-images', '8', env=LEFT)
     assert (rc, rc2) == (0, 0), said + other
     assert (
         'x 2 processes' in said
@@ -69,13 +71,13 @@ def test_start_and_resume_with_a_disk_each(disks):
         f'is on {socket.gethostname()} alone' in said and not (b / 'run').exists()
     )  # the second machine has nothing of it
     before = load_checkpoint(checkpoints(a / 'run/checkpoints')[0])
-    (rc, said, _), (rc2, other, _) = together(disks, '--resume', 'run', '--max-train-images', '16')
+    (rc, said), (rc2, other) = together(disks, '--resume', 'run', '--max-train-images', '16')
     assert (rc, rc2) == (0, 0), said + other
     after = load_checkpoint(checkpoints(a / 'run/checkpoints')[0])
     assert (before['nimg'], after['nimg'], after['position'] > before['position']) == (8, 16, True) and not (
         b / 'run'
     ).exists()
-    (rc, said, _), (rc2, other, _) = together(
+    (rc, said), (rc2, other) = together(
         (a, a), '--out', 'whole', '--max-train-images', '16', '--checkpoint-every', '16'
     )  # one disk, never interrupted
     assert (rc, rc2) == (0, 0) and 'alone' not in said, said + other
@@ -109,6 +111,6 @@ def test_what_is_wrong_on_one_is_said_by_all(disks, tmp_path, what):
     if what == 'no run':
         flags, want = (
             ['--resume', 'nowhere', '--max-train-images', '8'], f'rank 0 on {socket.gethostname()}: ')
-    for rc, said, seconds in together((a, c), *flags, own=own):
-        assert rc != 0 and said.count(f'sid-lsg: {want}') == 1 and seconds < 120, said
+    for rc, said in together((a, c), *flags, own=own, seconds=120):
+        assert rc != 0 and said.count(f'sid-lsg: {want}') == 1, said
     assert not (a / f'bad {what}').exists()

