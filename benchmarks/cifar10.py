@@ -5,9 +5,12 @@
     python benchmarks/cifar10.py all --precision bf16 --minutes 20 --classes 10      # the same, class-conditional
     python benchmarks/cifar10.py all --size full                     # the published size and length: weeks on one GPU
     python benchmarks/cifar10.py all --size tiny --iters 100 --batch 16 --n 200 --reference-n 200 --device cpu       # the pipes alone
+    python benchmarks/cifar10.py curves --precision bf16 --minutes 60 --inception inception-2015-12-05.pt       # the SIM paper's figures: SiD, SIM and
+                                                                     # Diff-Instruct at 1e-4 and 1e-5, FID and Inception Score on the way; again to go on
     python benchmarks/cifar10.py table                               # only write README.md from what was measured
 
-`teacher`, `distil` and `score` are the steps of `all`. Each goes on where it was stopped, with the same command. Not a test.
+`teacher`, `distil` and `score` are the steps of `all`; `curves` needs a teacher. Each goes on where it was stopped, with the same command. Not a test.
+The Inception Score needs Inception's output layer: it is in the file that clean-fid fetches, and not in the one that `data` fetches.
 What differs from the papers: the teacher sees horizontal flips and no other augmentation (EDM: a pipe of many, with labels), and the students are asked
 without dropout. SIM's c, its time law of the generator and its learning rate were not found published: c is ours (0.03 sqrt(n)), the rest is SiD's.
 """
@@ -96,23 +99,28 @@ _edm = dict(
     fake_loss_weight='edm',
 )
 RECIPES = dict(
-    sid=Recipe(alpha=1.2, **_edm), sim=Recipe(method='sim', distance='huber', loss_weight='none', **_edm)
+    sid=Recipe(alpha=1.2, **_edm),
+    sim=Recipe(method='sim', distance='huber', loss_weight='none', **_edm),
+    di=Recipe(method='di', loss_weight='none', **_edm),
 )
 PUBLISHED = [  # who, FID unconditional, FID conditional, million pictures
     ("EDM's teacher, 55.7 M weights, 35 network calls (2206.00364)", '1.97', '1.79', '200 / 200'),
     ('SiD, alpha 1.2, one step, distilled from it (2404.04057)', '1.923', '1.710', '404 / 713'),
     ('SIM, one step, distilled from it (2410.16794)', '2.06', '1.96', 'not found'),
 ]
-NAMES = dict(teacher='teacher, Heun, 35 calls', sid='SiD, one step', sim='SIM, one step')
+NAMES = dict(
+    teacher='teacher, Heun, 35 calls', sid='SiD, one step', sim='SIM, one step', di='Diff-Instruct, one step'
+)
 
 @dataclass(frozen=True)
 class Options:
-    command: Annotated[Literal['data', 'teacher', 'distil', 'score', 'all', 'table'], tyro.conf.Positional]
+    command: Annotated[Literal['data', 'teacher', 'distil', 'score', 'all', 'curves', 'table'], tyro.conf.Positional]
     size: Literal['tiny', 'day', 'small', 'full'] = (
         'small'  # of the network: about 0.2, 1, 11 or 56 million weights
     )
     classes: Literal[0, 10] = 0  # 10: class-conditional
-    method: Literal['sid', 'sim', 'both'] = 'both'  # of distil and score
+    # of distil and score; both: sid and sim; of curves, where both stands for all three
+    method: Literal['sid', 'sim', 'di', 'both'] = 'both'
     iters: int = (
         0  # stop each training after so many iterations; 0: when the size's number of pictures was seen
     )
@@ -121,6 +129,7 @@ class Options:
     micro: int = 0  # a student's batch is cut into parts of so many; 0: all at once
     lr_teacher: float = 1e-3  # EDM's
     lr: float = 1e-5  # of fake and generator: SiD's
+    lrs: tuple[float, ...] = (1e-4, 1e-5)  # of curves: the SIM paper's
     label_dropout: float = (
         0.0  # how often the teacher is not told the class; more than 0 makes guidance possible
     )
@@ -149,6 +158,16 @@ class Options:
     @property
     def methods(self) -> list[str]:
         return ['sid', 'sim'] if self.method == 'both' else [self.method]
+
+    def run_name(self, who: str) -> str:
+        "The folder of a teacher or a student"
+        return who if who == 'teacher' or self.lr == Options.lr else f'{who}-{self.lr:g}'
+
+    @property
+    def parts(self) -> list['Options']:  # of curves
+        methods = list(RECIPES) if self.method == 'both' else [self.method]
+        every = self.keep_every or SIZES[self.size].student_mimg / 20
+        return [replace(self, method=m, lr=lr, keep_every=every) for lr in self.lrs for m in methods]
 
     @property
     def autocast(self):
@@ -407,7 +426,7 @@ class Teaching:
 # ---- the students
 
 class Distilling:
-    "SiD or SIM on a teacher, by chapter 10's loop"
+    "SiD, SIM or Diff-Instruct on a teacher, by the loop of the library"
 
     def __init__(self, o: Options, teacher: EDMTeacher, method: str, weights: str):
         self.o, self.device, self.nimg, self.batch, self.teacher = (
@@ -585,7 +604,7 @@ def train_teacher(o: Options, minutes: float = 0.0):
 
 def newest(o: Options, who: str) -> tuple[Path, dict]:  # folder, facts
     "The last network of a teacher or student; raises `InputError` saying which command makes one"
-    found = sorted((o.root / who / 'nets').glob('[0-9]*/facts.json'))
+    found = sorted((o.root / o.run_name(who) / 'nets').glob('[0-9]*/facts.json'))
     if not found:
         raise InputError(
             f'there is no {who} in {o.root} yet; run: '
@@ -602,7 +621,7 @@ def distil_all(o: Options, minutes: float = 0.0):
         more = facts_of(o, method, run.ema.net, teacher_images=facts['images'])
         train(
             run,
-            o.root / method,
+            o.root / o.run_name(method),
             o.iters * run.batch or round(1e6 * SIZES[o.size].student_mimg),
             minutes,
             more,
@@ -694,7 +713,7 @@ def score_one(o: Options, who: str, images: ImageSet, facts: dict, features: Fea
     )
 
 def key(row: dict) -> tuple:
-    return tuple(row.get(k) for k in ('who', 'size', 'classes', 'device', 'images', 'n', 'reference_n'))
+    return tuple(row.get(k) for k in ('who', 'size', 'classes', 'device', 'images', 'n', 'reference_n', 'lr'))
 
 def read_rows(o: Options) -> list[dict]:
     "What was measured, without the rows that only say 'not run'"
@@ -711,7 +730,9 @@ def score_all(o: Options):
     "Teacher and students of a size, and the test pictures as a yardstick; rows that are there already are left"
     features = load_inception(trunk_file(o), pick_device(o.device))
     found = [('teacher', newest(o, 'teacher')[0])] + [
-        (m, f.parent) for m in o.methods for f in sorted((o.root / m / 'nets').glob('[0-9]*/facts.json'))
+        (m, f.parent)
+        for m in o.methods
+        for f in sorted((o.root / o.run_name(m) / 'nets').glob('[0-9]*/facts.json'))
     ]
     for m in o.methods:
         newest(o, m)
@@ -729,6 +750,9 @@ def score_all(o: Options):
         if any(key(r) == mine and r.get('weights') == facts.get('weights') for r in rows):
             continue
         write_rows(o, [r for r in rows if key(r) != mine] + [score_one(o, who, images(), facts, features)])
+
+def draw_strips(o: Options):
+    "Ten pictures of teacher and students, to look at"
     strips = torch.cat(
         [
             torch.stack(
@@ -746,6 +770,78 @@ def score_all(o: Options):
 
 # ---- the table
 
+def is_curve(r: dict) -> bool:
+    "A point of `curves`: of Diff-Instruct, or of another learning rate than SiD's"
+    return r['who'] == 'di' or r['who'] in RECIPES and r.get('lr', Options.lr) != Options.lr
+
+def curve_rows(rows: list[dict], size: str, classes: int) -> dict[tuple, list[dict]]:  # by (lr, method)
+    "The points of every student of a size, in the order of pictures seen; those of the best filled set alone"
+    mine = [r for r in rows if r['who'] in RECIPES and (r['size'], r['classes']) == (size, classes)]
+    most = max((r['n'] for r in mine), default=0)
+    out = {}
+    for r in sorted(mine, key=lambda r: (-r.get('lr', Options.lr), list(RECIPES).index(r['who']), r['images'])):
+        if r['n'] == most:
+            out.setdefault((r.get('lr', Options.lr), r['who']), []).append(r)
+    return out
+
+def last_points(rows: list[dict]) -> list[dict]:
+    "Rows without the points that a student passed on its way, and without those that only curves are about"
+    run = lambda r: tuple(v for k, v in zip(range(9), key(r)) if k != 4)
+    end = {}
+    for r in rows:
+        end[run(r)] = max(end.get(run(r), 0), r.get('images', 0))
+    return [r for r in rows if not is_curve(r) and r.get('images', 0) == end[run(r)]]
+
+def curve_table(rows: list[dict]) -> list[str]:
+    "Lines of README.md about `curves`: where each run began, was best and ended"
+    out, show = [], lambda r, k: f'{r[k]:.2f}' if k in r else '–'
+    for size, classes in sorted({(r['size'], r['classes']) for r in rows if is_curve(r)}):
+        out += [
+            '',
+            f'Curves, {size}, {"conditional" if classes else "unconditional"}, batch 256 unless said otherwise; '
+            'FID and Inception Score of the last point, and the best FID on the way:',
+            '',
+            '| | lr | batch | pictures seen | FID | IS | best FID, at | points | n |',
+            '|---|---|---|---|---|---|---|---|---|',
+        ]
+        for (lr, who), points in curve_rows(rows, size, classes).items():
+            last, best = points[-1], min(points, key=lambda r: r['fid'])
+            out.append(
+                f'| {NAMES[who]} | {lr:g} | {last["batch"]} | {last["images"]:,} | {last["fid"]:.2f} | '
+                f'{show(last, "is")} | {best["fid"]:.2f}, {best["images"]:,} | {len(points)} | {last["n"]:,} |'
+            )
+    return out
+
+def draw_curves(o: Options):
+    "FID and Inception Score over the pictures seen, one panel each, one line per method and learning rate"
+    import matplotlib
+
+    matplotlib.use('agg')
+    import matplotlib.pyplot as plt
+
+    curves = curve_rows(read_rows(o), o.size, o.classes)
+    fig, axs = plt.subplots(1, 2, figsize=(10, 3.4), dpi=90, layout='constrained')
+    for ax, k, title in zip(axs, ('fid', 'is'), ('FID (lower is better)', 'Inception Score (higher is better)')):
+        for (lr, who), points in curves.items():
+            shown = [r for r in points if k in r]
+            x, y = [r['images'] / 1e6 for r in shown], [r[k] for r in shown]
+            color, mark = f'C{list(RECIPES).index(who)}', '-o' if lr == Options.lr else '--s'
+            ax.plot(x, y, mark, ms=3, color=color, label=f'{who}, lr {lr:g}')
+        ax.set(title=title, xlabel='million pictures that the student drew')
+        ax.set_yscale('log' if k == 'fid' else 'linear')
+    if not any('is' in r for points in curves.values() for r in points):
+        axs[1].text(0.5, 0.5, 'this Inception has no output layer', ha='center', transform=axs[1].transAxes)
+    axs[0].legend(fontsize=8)
+    fig.savefig(o.place / f'cifar10-curves-{o.root.name}.png')
+    plt.close(fig)
+
+def curves(o: Options):
+    "Every part trained and scored, one after another; one that is done is left, one that was stopped goes on"
+    for part in o.parts:
+        distil_all(part, o.minutes / len(o.parts))
+        score_all(part)
+    table(o)
+
 def gpu_command(classes: int) -> str:
     return f'python benchmarks/cifar10.py all --precision bf16 --minutes 20 --classes {classes}'
 
@@ -755,7 +851,7 @@ def not_run(rows: list[dict]) -> list[dict]:
     return [
         dict(who=who, size='small', classes=c, fid=None, status='not run', command=gpu_command(c))
         for c in (0, 10)
-        for who in NAMES
+        for who in ('teacher', 'sid', 'sim')
         if (who, c) not in done
     ]
 
@@ -763,17 +859,18 @@ def line(r: dict) -> str:
     "One line of the table"
     kind = f'{"conditional" if r["classes"] else "unconditional"} | {r["size"]}'
     if r['fid'] is None:
-        return f'| {NAMES[r["who"]]} | {kind} | | not run | | `{r["command"]}` |'
+        return f'| {NAMES[r["who"]]} | {kind} | | not run | | | `{r["command"]}` |'
+    inception_score = f'{r["is"]:.2f} ± {r["is_std"]:.2f}' if 'is' in r else '–'
     where = f'{r.get("device", "")}, {r["score_date"]}' + (
         f', {r["minutes"]:.1f} min of training' if 'minutes' in r else ''
     )
     if r['who'] == 'test':
         return (
-            f'| real test pictures (a yardstick) | | | – | {r["fid"]:.2f} | {r["n"]:,} / {r["reference_n"]:,} | '
-            f'{where} |'
+            f'| real test pictures (a yardstick) | | | – | {r["fid"]:.2f} | {inception_score} | '
+            f'{r["n"]:,} / {r["reference_n"]:,} | {where} |'
         )
     return (
-        f'| {NAMES[r["who"]]} | {kind}, {r["parameters"] / 1e6:.2g} M | {r["images"]:,} | {r["fid"]:.2f} | '
+        f'| {NAMES[r["who"]]} | {kind}, {r["parameters"] / 1e6:.2g} M | {r["images"]:,} | {r["fid"]:.2f} | {inception_score} | '
         f'{r["n"]:,} / {r["reference_n"]:,} | {where} |'
     )
 
@@ -799,8 +896,8 @@ def section(rows: list[dict]) -> str:
         + ' An FID of few pictures is large whatever they show: compare it with the yardstick of the same n, and '
           'with nothing else.',
         '',
-        '| | | network | pictures seen | FID | n / reference | device, date |',
-        '|---|---|---|---|---|---|---|',
+        '| | | network | pictures seen | FID | IS | n / reference | device, date |',
+        '|---|---|---|---|---|---|---|---|',
     ]
     return '\n'.join(
         [
@@ -808,16 +905,20 @@ def section(rows: list[dict]) -> str:
             *(
                 line(r)
                 for r in sorted(
-                    rows, key=lambda r: (-list(SIZES).index(r['size']) if r['size'] else 1, r['classes'])
+                    last_points(rows),
+                    key=lambda r: (-list(SIZES).index(r['size']) if r['size'] else 1, r['classes']),
                 )
             ),
+            *curve_table(rows),
         ]
     )
 
 def table(o: Options):
-    "Write the part of README.md that is between the marks, or append it"
+    "Write the part of README.md that is between the marks, or append it; draw the curves that there are"
     rows = read_rows(o)
     write_rows(o, rows)
+    for size, classes in {(r['size'], r['classes']) for r in rows if is_curve(r)}:
+        draw_curves(replace(o, size=size, classes=classes))
     text = f'<!-- cifar10 -->\n{section(rows + not_run(rows))}\n<!-- /cifar10 -->'
     file = o.place / 'README.md'
     old = file.read_text(encoding='utf-8') if file.is_file() else ''
@@ -836,6 +937,7 @@ def everything(o: Options):
     train_teacher(o, 0.6 * o.minutes)
     distil_all(o, 0.2 * o.minutes)
     score_all(o)
+    draw_strips(o)
     table(o)
 
 def main(argv: list[str] | None = None) -> int:  # exit status
@@ -844,8 +946,9 @@ def main(argv: list[str] | None = None) -> int:  # exit status
         data=get_data,
         teacher=lambda o: train_teacher(o, o.minutes),
         distil=lambda o: distil_all(o, o.minutes / len(o.methods)),
-        score=score_all,
+        score=lambda o: (score_all(o), draw_strips(o)),
         all=everything,
+        curves=curves,
         table=table,
     )
     torch.backends.cudnn.benchmark = True
