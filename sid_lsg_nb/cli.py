@@ -12,7 +12,7 @@ from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
-from .training.config import GROUPS, PRESETS, HUB_PRESET, Config, check, config_from_dict, grouped_settings
+from .training.config import GROUPS, PRESETS, HUB_PRESET, Config, published_scores, check, config_from_dict, grouped_settings
 from .training.config import resume_folder, saved_config, settings_in_file, split_method
 from .commands.status import status
 
@@ -192,7 +192,7 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
 def print_help(defaults: Config):
     "The options of `distill` by group, with their choices, defaults and reasons"
     texts, width = docments(Config), min(120, shutil.get_terminal_size().columns)
-    hints = get_type_hints(Config)
+    hints, published = get_type_hints(Config), published_scores(defaults.preset)
     print('usage: sid-lsg distill [OPTIONS]', '', *textwrap.wrap(COMMANDS[Config][1], width), sep='\n')
     print(
         *textwrap.wrap(
@@ -202,6 +202,8 @@ def print_help(defaults: Config):
         ),
         sep='\n',
     )
+    if published:
+        print('', *textwrap.wrap(f'Published for {defaults.preset}: {published}', width), sep='\n')
     for group, names in grouped_settings().items():
         print(f'\n{group}: {GROUPS[group][1]}')
         for k in names:
