@@ -491,7 +491,7 @@ def small(r: Report):
     import torch
     from sid_lsg_nb.commands.bench import measure
     from sid_lsg_nb.teachers.registry import model_shapes
-    from sid_lsg_nb.training.memory import memory_budget
+    from sid_lsg_nb.training.memory import MemorySettings, memory_budget
 
     device, home = device_of(r.o), Path(tempfile.mkdtemp())
     for gb, more in ((24, dict(sequential_gradient=True)), (12, dict(lora='both'))):
@@ -502,7 +502,8 @@ def small(r: Report):
                 torch.cuda.set_per_process_memory_fraction(min(1.0, gb * 1e9 / torch.cuda.mem_get_info()[1]))
             tiny = r.o.tiny and small_teacher(r.o, home)
             shapes = model_shapes(str(home / 'tiny') if tiny else 'sd15')
-            held = memory_budget(shapes, **settings | dict(precision=low, sequential_gradient=True))
+            fits = MemorySettings(**settings | dict(precision=low, sequential_gradient=True))
+            held = memory_budget(shapes, fits)
             counted = sum(held.values()) / 2**30
             found = measure(
                 bench_of(

@@ -415,8 +415,11 @@ def test_a_broken_picture_is_left_out(value, gradient):
 def test_the_fake_learns_from_the_pictures_that_are_whole(value):
     "A picture that the generator broke counts as one that was not there; an infinite gradient still skips the step"
     found, m, keep = {}, method(), torch.tensor([0, 2])
-    for case, gen, d, cond in (
-        ('hurt', Broken(GEN_NET, 1, value), NOISE, COND), ('well', GEN_NET, rows_of(NOISE, keep), cond_slice(COND, keep))):
+    cases = (
+        ('hurt', Broken(GEN_NET, 1, value), NOISE, COND),
+        ('well', GEN_NET, rows_of(NOISE, keep), cond_slice(COND, keep)),
+    )
+    for case, gen, d, cond in cases:
         nets = networks(gen=gen)
         fake, step = nets['fake'], nets['fake'].step
         fake.step = lambda: (found.update({case: flat(p.grad for p in fake.net.parameters())}), step())[1]

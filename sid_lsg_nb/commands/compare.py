@@ -37,8 +37,8 @@ def read_final_scores(s:ImageSource)->list[dict]: # name, how, values
     if not file.is_file(): return []
     try:
         rows = json.loads(file.read_text(encoding='utf-8'))
-        return [dict(name=str(r['name']), how='tiny: ' + describe_protocol(r), values={k: float(r[k]) for k in FINAL_SCORES})
-                for r in rows]
+        values = lambda row: {k: float(row[k]) for k in FINAL_SCORES}
+        return [dict(name=str(r['name']), how='tiny: ' + describe_protocol(r), values=values(r)) for r in rows]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError(f'{str(file)!r} is no closing table ({type(e).__name__}); '
                          'take it as `sid-lsg distill` wrote it') from e

@@ -85,7 +85,11 @@ def choose_captions(
     raise InputError(f'protocol {p.name!r} needs --captions FILE, one line per picture{which}')
 
 # %% ../../nbs/7_commands/05_evaluate.ipynb #d0683277
-def choose_clip(spec:str, p:Protocol, device)->tuple[ClipScore|bool|None, Protocol]: # False: none, None: the protocol's own
+def choose_clip(
+    spec:str, # of `--clip`
+    p:Protocol,
+    device,
+)->tuple[ClipScore|bool|None, Protocol]: # False: none, None: the protocol's own
     "What `--clip` means; the protocol has another name if it scores with another model; raises `InputError`"
     if spec == 'none': return False, p
     if spec in ('', p.clip): return None, p
@@ -185,9 +189,10 @@ def evaluate(args:Evaluate)->ScoreResult: # the same in every process
     rewards = [load_reward(spec, processes.device) for spec in args.rewards]
     features, p = choose_features(args, p, processes)
     reference = Path(args.reference).expanduser() if args.reference else None
+    compute = Compute(device=processes.device, rank=processes.rank, world_size=processes.world, batch_size=args.batch)
     with one_line_warnings(processes.is_main):
-        r = score_images(images, p, reference=reference, features=features, clip=clip, rewards=rewards,
-                         compute=Compute(device=processes.device, rank=processes.rank, world_size=processes.world, batch_size=args.batch))
+        r = score_images(
+            images, p, reference=reference, features=features, clip=clip, rewards=rewards, compute=compute)
     r = replace(r, trained_on=trained_on(s, images.captions))
     if processes.is_main: report(r, s, images, out if args.out else next_free_file(s.home, r.protocol.name))
     processes.close()

@@ -64,13 +64,9 @@ def markdown_table(rows: list[dict], keys: list[str]) -> str:
     "Markdown; numbers with four digits, an absent one as a dash"
 
     def cell(v):
-        return (
-            '-'
-            if v is None
-            else f'{v:.4g}'
-            if isinstance(v, float)
-            else str(v).replace('|', r'\|').replace('\n', ' ')
-        )
+        "One value as Markdown"
+        if v is None: return '-'
+        return f'{v:.4g}' if isinstance(v, float) else str(v).replace('|', r'\|').replace('\n', ' ')
 
     return '\n'.join(
         f'| {" | ".join(r)} |'
@@ -161,7 +157,8 @@ CARD = '''---
 ---
 # {title}
 
-A one-step generator of pictures, distilled from {teacher} without training images, by {method} in sid-lsg-nb. It answers a prompt with one call of its network, and needs no guidance.
+A one-step generator of pictures, distilled from {teacher} without training images, by {method} in sid-lsg-nb. \
+It answers a prompt with one call of its network, and needs no guidance.
 {picture}
 ## Use
 
@@ -187,7 +184,8 @@ Versions when this card was written: {versions}.
 
 ## Licence and limits
 
-The weights derive from {teacher} and inherit its licence{license}. What the teacher cannot draw, or draws with a bias, the student learned from it.
+The weights derive from {teacher} and inherit its licence{license}. \
+What the teacher cannot draw, or draws with a bias, the student learned from it.
 '''
 
 # %% ../../nbs/5_export/02_model_card.ipynb #4f54a200

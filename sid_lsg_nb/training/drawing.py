@@ -16,7 +16,7 @@ from ..teachers.base import Denoiser, Teacher
 
 # %% ../../nbs/6_training/07_drawing.ipynb #67177f19
 def curves(rows:list[dict], file, title:str=''):
-    "curves.png: a score if there is one, how far teacher and fake disagree, the losses and gradient norms, against images seen"
+    "curves.png against images seen: a score if there is one, the disagreement, the losses, the gradient norms"
     from matplotlib.figure import Figure
 
     score = next((k for k in ('tiny_fd', 'fid', 'fd') if any(k in r for r in rows)), None)
@@ -28,8 +28,8 @@ def curves(rows:list[dict], file, title:str=''):
     fig = Figure(figsize=(3.4*len(panels), 3), dpi=90)
     for ax, (name, keys) in zip(fig.subplots(1, len(panels)), panels):
         known = scored if keys == [score] else rows
-        for k in keys:
-            ax.plot([r['nimg'] for r in known], [r[k] for r in known], label=k, lw=1, marker='.' if known is scored else '')
+        images, marker = [r['nimg'] for r in known], '.' if known is scored else ''
+        for k in keys: ax.plot(images, [r[k] for r in known], label=k, lw=1, marker=marker)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel('images seen', fontsize=8)
         ax.tick_params(labelsize=7)
@@ -59,6 +59,7 @@ def student_draw(
     "How a generator draws: text in, one network call or a few, decoded"
     @torch.no_grad()
     def draw(prompts, seeds):
+        "Picture i from seeds[i]"
         noise = lambda k: noise_for([s + 1_000_003*k for s in seeds], teacher.latent_shape).to(teacher.device)
         zs = [noise(k) for k in range(steps)]
         with on_device(net, teacher.device):
@@ -69,6 +70,7 @@ def student_draw(
 def many_step_draw(teacher:Teacher, kappa:float, steps:int)->Callable: # (prompts, seeds) -> pictures [B,3,H,W]
     "How the teacher draws"
     def draw(prompts, seeds):
+        "Picture i from seeds[i]"
         z = noise_for(seeds, teacher.latent_shape).to(teacher.device)
         cond, null = teacher.text(prompts), teacher.text.null()
         return teacher.decode(teacher.sample(z, cond, null, kappa, steps))

@@ -61,7 +61,8 @@ class Log:
         if self.processes: sums = self.processes.mean(sums)
         world = self.processes.world if self.processes else 1
         steps = {k: self._n - sums['skipped' + k[4:]] for k in sums if k[:4] == 'norm'} # a skipped step has no norm
-        counts = {k: round(v*(world if k.startswith('drop') else 1)) for k, v in sums.items() if k[:4] in ('skip', 'drop')}
+        counts = {k: v*(world if k.startswith('drop') else 1) for k, v in sums.items() if k[:4] in ('skip', 'drop')}
+        counts = {k: round(v) for k, v in counts.items()}
         means = {k: round(v/max(1, steps.get(k, self._n)), 6) for k, v in sums.items() if k not in counts}
         return dict(nimg=self.nimg, **means) | counts | dict(iterations=self._n)
 
@@ -91,11 +92,12 @@ def tracker(
     a = Accelerator(cpu=processes.device.type == 'cpu', mixed_precision='no', log_with=to, project_dir=str(folder))
     old = [*(folder/'tensorboard').glob('events.out.tfevents.*')]
     settings = {k: v if isinstance(v, (int, float, str)) else str(v) for k, v in asdict(config).items()}
-    ident = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]     # wandb drops steps that it has, which are the same
+    ident = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] # wandb drops the steps that it has
     wandb = dict(name=folder.name, dir=str(folder), id=ident, resume='allow')
-    a.init_trackers(to if to == 'tensorboard' else 'sid-lsg-nb', config=settings, init_kwargs=dict(wandb=wandb) if to == 'wandb' else {})
+    name, more = (to, {}) if to == 'tensorboard' else ('sid-lsg-nb', dict(wandb=wandb) if to == 'wandb' else {})
+    a.init_trackers(name, config=settings, init_kwargs=more)
     log = lambda row: a.log({k: v for k, v in row.items() if isinstance(v, (int, float))}, step=row['nimg'])
-    if to == 'tensorboard':                                                     # all anew: what is shown equals log.jsonl
+    if to == 'tensorboard': # all anew: what is shown equals log.jsonl
         for row in rows: log(row)
         for file in old: file.unlink()
     return SimpleNamespace(log=log, end=a.end_training)
