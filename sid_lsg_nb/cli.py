@@ -12,7 +12,8 @@ from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
-from .training.config import GROUPS, PRESETS, HUB_PRESET, Config, published_scores, check, config_from_dict, grouped_settings
+from .training.config import GROUPS, PRESETS, HUB_PRESET, Config, published_scores, check
+from .training.config import config_from_dict, grouped_settings
 from .training.config import resume_folder, saved_config, settings_in_file, split_method
 from .commands.status import status
 
@@ -168,7 +169,7 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
     ),
     Compare: (
         'compare',
-        'One self-contained page: runs side by side, pictures at the same noise and prompts; or a blind one, for votes.',
+        'One self-contained page: runs side by side, pictures at the same noise and prompts; or a blind one for votes',
         'commands.preference.run_compare',
     ),
     Export: (

@@ -12,7 +12,8 @@ from pathlib import Path
 
 PRELOAD = (
     'sid_lsg_nb.cli sid_lsg_nb.training.trainer sid_lsg_nb.metrics.protocols sid_lsg_nb.testing open_clip cleanfid.fid '
-    'matplotlib.figure matplotlib.backends.backend_agg torch.distributed.fsdp torch._dynamo torch.distributed.checkpoint'
+    'matplotlib.figure matplotlib.backends.backend_agg torch.distributed.fsdp torch._dynamo '
+    'torch.distributed.checkpoint'
 ).split()
 
 def keep(told, *fds):

@@ -31,7 +31,8 @@ class Averages(torch.nn.Module):
 @pytest.fixture
 def ready(tmp_path, monkeypatch):
     "The script, and its words; pictures and a feature network lie where they should"
-    noise = lambda n: torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    seeded = lambda n: torch.Generator().manual_seed(n)
+    noise = lambda n: torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=seeded(n))
     data = {k: noise(n) if k[-1] == 'x' else torch.arange(n) % 10
             for n, p in ((400, 'train'), (100, 'test')) for k in (f'{p}_x', f'{p}_y')}
     torch.manual_seed(0)
@@ -68,4 +69,5 @@ def test_curves_run_in_parts(ready, tmp_path, capsys):
     bare = [{k: v for k, v in r.items() if k not in ('is', 'is_std')} for r in rows]  # by a trunk alone
     (tmp_path / 'cifar10.json').write_text(json.dumps(bare))
     assert c.main(['table', *words]) == 0
-    assert '| 0.0001 | 4 | 8 | 0.2' in (tmp_path / 'README.md').read_text() and ' | – | 0.' in (tmp_path / 'README.md').read_text()
+    page = (tmp_path / 'README.md').read_text()
+    assert '| 0.0001 | 4 | 8 | 0.2' in page and ' | – | 0.' in page

@@ -67,7 +67,8 @@ def forge(net, file):
     "A network as EDM's published code pickles it, by the forger that its chapter shows"
     cells = json.loads((ROOT / 'nbs/2_teachers/13_edm.ipynb').read_text(encoding='utf-8'))['cells']
     (source,) = [s for s in (''.join(c['source']) for c in cells) if 'class Forger' in s]
-    scope = vars(edm_networks) | vars(edm) | dict(work=Path(file).parent, pickle=pickle, types=types, sys=sys, np=np, nn=nn)
+    scope = vars(edm_networks) | vars(edm) | dict(
+        work=Path(file).parent, pickle=pickle, types=types, sys=sys, np=np, nn=nn)
     before = set(sys.modules)
     exec(source, scope)
     scope['forge'](net, Path(file).name, **scope['official_kwargs'](net.config))

@@ -28,7 +28,8 @@ BIG = {
     'tqdm',
 }
 LATER = {  # what the trainer imports when it comes to need it: scores, drawings, files of prompts, trackers, exports
-    'open_clip', 'timm', 'cleanfid', 'matplotlib', 'pyarrow.parquet', 'datasets', 'pandas', 'tensorboard', 'wandb', 'onnx',
+    'open_clip', 'timm', 'cleanfid', 'matplotlib', 'pyarrow.parquet', 'datasets', 'pandas',
+    'tensorboard', 'wandb', 'onnx',
     'ImageReward', 'IPython'}
 CALLS = """
 import contextlib, io, json, sys

@@ -64,7 +64,7 @@ class Evaluate:
 # %% ../../nbs/7_commands/01_options.ipynb #068528b5
 @dataclass(frozen=True)
 class Compare:
-    "Lay runs side by side on one page: settings, scores, curves, and pictures at the same noise and prompts; or ask people"
+    "Runs side by side on one page: settings, scores, curves, pictures at the same noise and prompts; or ask people"
     runs: tyro.conf.Positional[tuple[str, ...]] # run folders or one-step pipelines, one column each
     # in quotes, or a text file with one prompt per line; default: the first ones of the first run
     prompts: tuple[str, ...] = ()

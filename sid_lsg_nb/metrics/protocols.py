@@ -268,16 +268,16 @@ def _as_run(p, images, ref, network, clip, rewards)->Protocol:
                    rewards=tuple(f'{r.name}@{r.sha[:8]}' for r in rewards), **text)
 
 # %% ../../nbs/4_metrics/06_protocols.ipynb #5ca2952c
-PACKAGES = 'sid-lsg-nb', 'torch', 'clean-fid', 'open_clip_torch', 'pillow', 'scipy'      # whose versions are kept
+PACKAGES = 'sid-lsg-nb', 'torch', 'clean-fid', 'open_clip_torch', 'pillow', 'scipy' # whose versions are kept
 
 def score_images(
     images, # a folder, or ImageSet: `images_from_folder`, `generated_images`
-    protocol, # a name in PROTOCOLS, or a Protocol of one's own
+    protocol, # a name in PROTOCOLS, or a Protocol
     *,
-    reference=None, # a folder of real pictures, ImageSet, or a file of statistics; the bundled world needs none
-    captions=None, # list or text file, one per picture, if the images do not bring them
-    features=None, # FeatureNetwork, or Inception as a TorchScript file; None: the protocol's, fetched if need be
-    clip=None, # ClipScore; None: the protocol's; False: leave the image-text score out
+    reference=None, # folder, ImageSet or file of statistics; the bundled world needs none
+    captions=None, # list or text file, one per picture, unless the images bring them
+    features=None, # FeatureNetwork, or Inception as a TorchScript file; None: the protocol's
+    clip=None, # ClipScore; None: the protocol's; False: none
     rewards=(), # further scores, see `load_reward`
     name:str='', # of the result; default: of the images
     compute:Compute=Compute(), # devices, processes and batches; no value depends on it
