@@ -51,7 +51,6 @@ QUICK = {  # words: exit status, and what the answer says
         for c in 'distill sample status evaluate compare export import bench'.split()
     },
     'distill --preset sd21-lsg-2 --help': (0, 'sd21-lsg-2'),
-    'distill --teacher sdxl --help': (0, 'sdxl-sim'),
     'distill --resume runs/embedded-1 --help': (0, '8800'),
     '': (2, ''),
     'distil': (2, 'distil'),
@@ -100,6 +99,10 @@ def test_answers_come_without_the_big_libraries(place):
     for words, (code, said, loaded) in zip(QUICK, fresh(CALLS, json.dumps([*QUICK]), cwd=place), strict=True):
         assert (words, code, BIG & {*loaded}) == (words, QUICK[words][0], set())
         assert QUICK[words][1] in said, words
+
+def test_help_for_a_teacher_on_disk_asks_its_family(place):
+    ((code, said, loaded),) = fresh(CALLS, json.dumps(['distill --teacher sdxl --help']), cwd=place)
+    assert code == 0 and 'sdxl-sim' in said and 'torch' in loaded
 
 def test_a_command_that_works_loads_them(place):
     ((code, said, loaded),) = fresh(CALLS, json.dumps(['distill --dry-run']), cwd=place)

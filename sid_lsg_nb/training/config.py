@@ -16,16 +16,17 @@ if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
-__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'SD15', 'SD21', 'SD21_768', 'SDXL', 'PIXART',
-           'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD', 'TWO_AT_ONCE', 'ALL_FP16',
-           'PUBLISHED', 'COMMON', 'PRESETS', 'PUBLISHED_SCORES', 'HUB_PRESET', 'LATEST', 'RUN_FILES', 'LOG_COLUMNS',
-           'FIXED_SETTINGS', 'OF_ONE_RUN', 'TIMED', 'Config', 'grouped_settings', 'guidance_scales', 'split_method',
-           'read_method', 'with_method_sha', 'require_same_method', 'run_method_file', 'own_method', 'copy_method',
-           'resume_command', 'check', 'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations',
-           'check_files', 'check_gan_times', 'resolve', 'recipe_of', 'lr_of', 'run_title', 'preset_from_row',
-           'published_scores', 'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type',
-           'config_from_dict', 'settings_in_file', 'saved_config', 'has_started', 'resume_folder', 'changed_settings',
-           'estimate_time', 'benchmark_name', 'print_memory', 'files_of', 'dry_run']
+__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'SD15', 'SD21', 'SD21_768',
+           'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD',
+           'TWO_AT_ONCE', 'ALL_FP16', 'PUBLISHED', 'COMMON', 'PRESETS', 'PUBLISHED_SCORES', 'HUB_PRESET', 'LATEST',
+           'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'OF_ONE_RUN', 'TIMED', 'Config', 'grouped_settings',
+           'guidance_scales', 'split_method', 'read_method', 'with_method_sha', 'require_same_method',
+           'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check', 'require_known_method',
+           'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations', 'check_files',
+           'check_gan_times', 'resolve', 'recipe_of', 'lr_of', 'run_title', 'preset_from_row', 'published_scores',
+           'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type', 'config_from_dict',
+           'settings_in_file', 'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'estimate_time',
+           'benchmark_name', 'print_memory', 'files_of', 'dry_run']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -288,10 +289,21 @@ def check(config: Config) -> Config:
         raise InputError(f'lr_warmup {config.lr_warmup} takes the whole run of {config.max_train_images} images')
     check_combinations(config)
     guidance_scales(config)
+    require_known_method(config.method)
     from sid_lsg_nb.method.methods import make_method  # PyTorch comes after all that needs none
 
     make_method(recipe_of(config, float(config.t_init or 625)))  # what the times mean is the teacher's matter
     return config
+
+
+METHOD_NAMES = 'sid', 'sim', 'fisher', 'di'  # rows of the package, known before PyTorch is loaded
+
+
+def require_known_method(name: str):
+    "Raise `InputError` for a name that no row can have: without the tables loaded, nobody registered another"
+    if ':' in name or name in METHOD_NAMES or 'sid_lsg_nb.method.methods' in sys.modules:
+        return
+    raise InputError(f'method {name!r} is not known; use one of {", ".join(METHOD_NAMES)}, or FILE.py:NAME')
 
 
 def check_batches(config: Config):
