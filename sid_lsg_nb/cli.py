@@ -165,7 +165,7 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
     Evaluate: (
         'evaluate',
         'Score a run, a pipeline or a folder of pictures by a named protocol.',
-        'commands.evaluate.evaluate',
+        'commands.report.run_evaluate',
     ),
     Compare: (
         'compare',

@@ -52,6 +52,9 @@ class Evaluate:
     # default: the protocol's, fetched once
     clip: str = ''
     rewards: tuple[str, ...] = () # further judges: pickscore, imagereward, hpsv2=FILE, aesthetic=FILE
+    # a page that shows drawn pictures beside real ones: pixels, colours, frequencies, features, nearest neighbours;
+    # must not exist, needs --reference FOLDER
+    report: str = ''
     # JSON file, must not exist; default: the next free scores-PROTOCOL.json in the folder that is scored
     out: str = ''
     # picture i is drawn from seed + i, default 0; of a folder of pictures: what it was drawn from, if known

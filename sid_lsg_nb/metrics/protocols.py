@@ -59,6 +59,8 @@ class Protocol:
 _gigagan = dict(captions='GigaGAN captions.txt', clip='ViT-g-14/laion2b_s12b_b42k', prefix='A photo depicts ')
 _logged = dict(resizer='legacy_tensorflow', captions='last caption of each picture of val2014, lower case')
 _2017 = _gigagan | dict(captions='first caption of each picture of val2017')
+_flickr = _gigagan | dict(captions='first caption of each of the first 30,000 pictures by name')
+_open = _gigagan | dict(captions='first Localized Narrative of each of the first 30,000 pictures by name')
 _tiny = dict(size=32, resizer='none', features='bundled scorer', captions='bundled prompts', clip='bundled scorer',
              keep=0)
 PROTOCOLS = {p.name: p for p in (
@@ -66,6 +68,8 @@ PROTOCOLS = {p.name: p for p in (
     Protocol('coco30k',          'COCO val2014',       40_504, 30_000, **_gigagan),
     Protocol('coco30k-logged',   'COCO val2014',       40_504, 30_000, **_logged),
     Protocol('coco5k-2017',      'COCO val2017',        5_000,  5_000, **_2017),
+    Protocol('flickr30k',        'Flickr30k',          31_783, 30_000, **_flickr),
+    Protocol('openimages30k',    'Open Images validation', 41_620, 30_000, **_open),
     Protocol('cifar10-50k',      'CIFAR-10 train',     50_000, 50_000, size=32, resizer='legacy_tensorflow'),
     Protocol('folder-vs-folder', 'a folder',             None,   None, size=0),
     Protocol('tiny',             'the bundled world',  10_000,  1_000, **_tiny))}
