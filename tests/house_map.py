@@ -20,6 +20,7 @@ CHANGES = (
     ('the guidance scales kappa1 to kappa4', 'guidance'),
     ('the loss of the generator, its weight, the loss of the fake', 'losses'),
     ('what happens in one iteration', 'steps'),
+    ('which methods have a name; a loss or a method of your own, registered or from a file', 'methods'),
     ('which families of teachers can be opened', 'registry'),
     ('how prompts are read and repeated', 'prompts'),
     ('the resizer in front of FID, the Inception network', 'features'),
