@@ -174,7 +174,7 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
     ),
     Export: (
         'export',
-        'Write what leaves the house: single file, LoRA, ONNX, fp16 files, model card.',
+        'Write a student in another format: single file, LoRA, ONNX, fp16 files; or its model card.',
         'commands.convert.export_to',
     ),
     Import: (

@@ -64,7 +64,7 @@ class Config:
     # SHA-256 of the file of your own method, filled in when a run begins: the run goes on with no other
     method_sha256: str = ''
     alpha: float = 1.0             # SiD's loss coefficient; the published text-to-image value
-    # of sim: l2, huber:C0, huber-abs:C, p:P; huber keeps single samples from pulling too hard
+    # of sim: l2, huber:C0, huber-abs:C, p:P; huber keeps single samples from dominating
     distance: str = 'huber'
     space: Literal['x0', 'score'] = 'x0' # of sim: where the distance is measured
     # per-sample weight; l1 makes the loss scale-free, so lr carries over between teachers; sim usually takes
