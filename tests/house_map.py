@@ -19,7 +19,6 @@ CHANGES = (
     ('the distribution of t, for the generator and for the fake', 'schedule'),
     ('the guidance scales kappa1 to kappa4', 'guidance'),
     ('the loss of the generator, its weight, the loss of the fake', 'losses'),
-    ('which methods have a name; a loss or a method of your own, registered or from a file', 'methods'),
     ('what happens in one iteration', 'steps'),
     ('which methods have a name; a loss or a method of your own, registered or from a file', 'methods'),
     ('which families of teachers can be opened', 'registry'),

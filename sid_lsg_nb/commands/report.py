@@ -186,7 +186,9 @@ REPORT = '''<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title><style>body {{ margin: 0 auto; padding: 1rem; max-width: 68rem;
-font: 16px/1.45 system-ui, sans-serif; background: #fff; color: #1c1e21 }} img {{ max-width: 100%; height: auto }} p, code {{ overflow-wrap: anywhere }}
+font: 16px/1.45 system-ui, sans-serif; background: #fff; color: #1c1e21 }}
+img {{ max-width: 100%; height: auto }}
+p, code {{ overflow-wrap: anywhere }}
 .soft {{ color: #5c6670 }}</style></head><body><h1>{title}</h1><p>{about}</p><p class="soft">{line}</p>{parts}
 <footer class="soft">sid-lsg-nb {version}</footer></body></html>
 '''
