@@ -51,7 +51,7 @@ class Evaluate:
     # "none", a file with the weights of the protocol's image-text model, or another open_clip MODEL/WEIGHTS;
     # default: the protocol's, fetched once
     clip: str = ''
-    rewards: tuple[str, ...] = () # further judges: pickscore, imagereward, hpsv2=FILE, aesthetic=FILE
+    rewards: tuple[str, ...] = () # further scores: pickscore, imagereward, hpsv2=FILE, aesthetic=FILE
     # a page that shows drawn pictures beside real ones: pixels, colours, frequencies, features, nearest neighbours;
     # must not exist, needs --reference FOLDER
     report: str = ''

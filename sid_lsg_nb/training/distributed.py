@@ -233,7 +233,7 @@ def _told(error: Exception, cause: Exception | None = None) -> Exception:
 @contextmanager
 def raised_on_all_ranks(device: str = 'auto'):
     """An `InputError` inside, before this process has met the others, is raised in all: they come to a
-    `Distributed.run_on_all` next"""
+    run_on_all next"""
     try:
         yield
     except InputError as e:
