@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..core import InputError, noise_for
-from .base import Denoiser, Teacher
+from .base import Denoiser, Teacher, shape_of_latent
 from ..method.sampling import step_times
 
 # %% ../../nbs/2_teachers/04_student.ipynb #5f20d3c7
@@ -97,12 +97,7 @@ class Student:
     @property
     def latent_shape(self)->tuple[int, int, int]: # (C, H, W)
         "Shape of one latent"
-        c = self.net.config
-        return (
-            (c.in_channels, c.sample_size, c.sample_size)
-            if isinstance(c.sample_size, int)
-            else (c.in_channels, *c.sample_size)
-        )
+        return shape_of_latent(self.net.config)
 
     def with_scheduler(self, scheduler):
         "The same parts with another scheduler (`from_pipe` would cast them)"

@@ -281,7 +281,7 @@ def resolve_times(config: Config, teacher) -> Recipe:
     return recipe
 
 
-_LOG_LIGHT = 1_000_000_000  # weights; heavier text encoders are opened in another precision on another device
+_LIGHT = 1_000_000_000  # weights; heavier text encoders are opened in another precision on another device
 
 
 def fingerprint(teacher) -> str:  # SHA-256
@@ -297,7 +297,7 @@ def fingerprint(teacher) -> str:  # SHA-256
         )
 
     for name, part in sorted(teacher.modules().items()):
-        if sum(p.numel() for p in part.parameters()) < _LOG_LIGHT or name == 'net':
+        if sum(p.numel() for p in part.parameters()) < _LIGHT or name == 'net':
             for k, v in part.state_dict().items():
                 take(f'{name}.{k}', v)
     for k, v in sorted(vars(teacher.schedule).items()):
@@ -367,7 +367,7 @@ def make_learners(
     processes: Distributed,
     networks: dict[str, Denoiser],  # what learns, by role
 ) -> dict:  # learners, by role
-    "Each network with its optimiser, as copies or in shard_fsdp"
+    "Each network with its optimiser, as copies or in slices"
     options = config.precision, config.fsdp, config.clip_grad_value, config.adam_epsilon, config.use_8bit_adam
     return {role: make_learner(processes, net, lr_of(config, role), *options) for role, net in networks.items()}
 
