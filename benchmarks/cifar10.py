@@ -44,7 +44,7 @@ from sid_lsg_nb.method.steps import Learner, Networks, distill
 from sid_lsg_nb.data.prompt_stream import text_batches
 from sid_lsg_nb.teachers.edm import CIFAR10_CLASSES, EDMTeacher, KarrasSchedule, load_edm, save_edm
 from sid_lsg_nb.teachers.edm_networks import UNetBlock, cifar10_config, song_unet
-from sid_lsg_nb.method.sampling import SIGMA_INIT, one_step
+from sid_lsg_nb.method.rollout import SIGMA_INIT, one_step
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.losses import level_weight
 from sid_lsg_nb.method.optim import EMA, make_adam

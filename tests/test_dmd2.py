@@ -18,7 +18,7 @@ from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.losses import no_weight
 from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.optim import make_adam
-from sid_lsg_nb.method.sampling import Draw
+from sid_lsg_nb.method.rollout import Draw
 from sid_lsg_nb.method.steps import Batch, Learner, Networks, Update, mean_of_repeats, run_update, split_noise
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.training.config import Config

@@ -17,7 +17,7 @@ from sid_lsg_nb.core import max_abs, noise_for, rng
 from sid_lsg_nb.data.prompt_stream import PromptStream, text_batches
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.optim import EMA, make_adam
-from sid_lsg_nb.method.sampling import one_step
+from sid_lsg_nb.method.rollout import one_step
 from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.steps import Learner, Networks, distill
 from sid_lsg_nb.teachers.edm import edm_teacher, save_edm, tiny_edm

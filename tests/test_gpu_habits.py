@@ -12,7 +12,7 @@ from sid_lsg_nb.core import to_device
 from sid_lsg_nb.teachers.base import Denoiser
 from sid_lsg_nb.testing import tiny_unet
 from sid_lsg_nb.method.methods import Recipe, make_method
-from sid_lsg_nb.method.sampling import Draw
+from sid_lsg_nb.method.rollout import Draw
 from sid_lsg_nb.method.sequential import generator_grad_sequential
 from sid_lsg_nb.method.steps import Batch, Learner, Networks, generator_grad, run_update
 from sid_lsg_nb.method.guidance import Kappa

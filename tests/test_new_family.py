@@ -18,7 +18,7 @@ from sid_lsg_nb.commands.convert import export_to
 from sid_lsg_nb.commands.options import Export
 from sid_lsg_nb.commands.sources import make_sampler, open_source
 from sid_lsg_nb.core import InputError, atomic_folder, max_abs, noise_for
-from sid_lsg_nb.method.sampling import one_step
+from sid_lsg_nb.method.rollout import one_step
 from sid_lsg_nb.method.schedule import DiscreteSchedule
 from sid_lsg_nb.teachers.base import Denoiser, StudentStart, Teacher, read_config
 from sid_lsg_nb.teachers.registry import FAMILIES, brings_prompts, family_of, find_family, model_shapes, open_student

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from sid_lsg_nb.teachers.base import Denoiser
 from sid_lsg_nb.method.methods import Recipe, make_method
-from sid_lsg_nb.method.sampling import Draw
+from sid_lsg_nb.method.rollout import Draw
 from sid_lsg_nb.method.steps import Batch, Learner, Networks, Update, fake_losses, generator_grad
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.schedule import DiscreteSchedule

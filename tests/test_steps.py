@@ -19,7 +19,7 @@ from sid_lsg_nb.method.guidance import Kappa, predict_guided
 from sid_lsg_nb.method.losses import Distance, Estimates, l1_weight
 from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.optim import make_adam
-from sid_lsg_nb.method.sampling import Draw, generate
+from sid_lsg_nb.method.rollout import Draw, generate
 from sid_lsg_nb.method.schedule import DiscreteSchedule, FlowSchedule
 from sid_lsg_nb.method.sequential import SavedTensorMemory, generator_grad_sequential
 from sid_lsg_nb.method.steps import (

@@ -16,7 +16,7 @@ from torch.nn.functional import softplus
 from ..core import InputError
 from .guidance import Kappa, predict_guided
 from .losses import Estimates, Weight, find_weight, level_weight
-from .sampling import Draw
+from .rollout import Draw
 from .steps import Batch, Networks, ScoreDistillation, Switch, always
 
 # %% ../../nbs/1_method/09_adversary.ipynb #db5342d8

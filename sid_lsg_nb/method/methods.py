@@ -14,7 +14,7 @@ from ..core import InputError
 from .adversary import Adversary, add_adversary
 from .guidance import Kappa
 from .losses import LOSSES, SIM, Distance, Loss, SiD, try_loss
-from .sampling import FewSteps, OneStep
+from .rollout import FewSteps, OneStep
 from .steps import Method, ScoreDistillation, ScoreTerm, generator_grad
 
 # %% ../../nbs/1_method/10_methods.ipynb #29901fbd

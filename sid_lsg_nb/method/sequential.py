@@ -11,7 +11,7 @@ from collections import defaultdict
 import torch
 from torch import Tensor, nn
 from .losses import Estimates
-from .sampling import Draw
+from .rollout import Draw
 from .steps import Batch, Networks, ScoreDistillation, Update, ask_fake, ask_teacher, sum_of_terms, where_ok
 
 # %% ../../nbs/1_method/11_sequential.ipynb #d7a96c46

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..core import Cond, InputError
 from .guidance import Kappa, predict_guided
 from .losses import Estimates, Loss, SiD, Weight, fake_loss, find_weight, level_weight
-from .sampling import Draw, OneStep, Rollout, generate
+from .rollout import Draw, OneStep, Rollout, generate
 from .schedule import get_timestep_sampling
 from .score import fisher
 

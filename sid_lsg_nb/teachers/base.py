@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from ..core import EMBEDDED, Cond, InputError, cond_map
 from ..method.guidance import Kappa
-from ..method.sampling import SIGMA_INIT, teacher_sample
+from ..method.rollout import SIGMA_INIT, teacher_sample
 from ..method.schedule import Schedule
 from .text_encoder import TextEncoder
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core import Cond, InputError, atomic_folder, noise_for, to_device
 from ..checkpoint_reader import find_network, read_checkpoint
 from ..method.guidance import predict_guided
-from ..method.sampling import SIGMA_INIT, few_steps, step_times
+from ..method.rollout import SIGMA_INIT, few_steps, step_times
 from ..method.schedule import EDMSchedule, check_time_range, karras_sigma, sample_time_from, widest_float
 from .text_encoder import TextEncoder
 from .base import Denoiser, StudentStart, Teacher, check_no_prediction_type, read_config

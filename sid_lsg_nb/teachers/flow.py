@@ -17,7 +17,7 @@ from ..core import Cond, InputError, atomic_folder, noise_for
 from ..method.schedule import FlowSchedule
 from .loading import Layout, open_pipeline, require
 from .base import Denoiser, PipelineTeacher, check_class, check_no_prediction_type, find_pipeline
-from ..method.sampling import few_steps, step_times
+from ..method.rollout import few_steps, step_times
 from .student import Student, student_folder, write_vocab_files
 
 # %% ../../nbs/2_teachers/08_flow.ipynb #d1c9ee5d

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..core import InputError, noise_for
 from .base import Denoiser, Teacher, shape_of_latent
-from ..method.sampling import step_times
+from ..method.rollout import step_times
 
 # %% ../../nbs/2_teachers/04_student.ipynb #5f20d3c7
 def betas_until(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 from ..core import DISAGREEMENT, atomic_file, image_grid, noise_for
-from ..method.sampling import few_steps, step_times
+from ..method.rollout import few_steps, step_times
 from ..teachers.base import Denoiser, Teacher
 
 # %% ../../nbs/6_training/07_drawing.ipynb #67177f19

@@ -3,7 +3,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from sid_lsg_nb.core import max_abs, rng
-from sid_lsg_nb.method.sampling import few_steps, one_step, teacher_sample
+from sid_lsg_nb.method.rollout import few_steps, one_step, teacher_sample
 from sid_lsg_nb.teachers.stable_diffusion import load_sd
 from sid_lsg_nb.testing import tiny_pipeline
 
