@@ -40,7 +40,7 @@ def predict_guided(
     y_null, y_cond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cond_cat(null, cond)).chunk(2)
     return tuple(apply_guidance(y_null, y_cond, k) for k in kappas)
 
-# %% ../../nbs/1_method/04_guidance.ipynb #f103c2af
+# %% ../../nbs/1_method/04_guidance.ipynb #kappaerr
 NOT_FINITE = '{name} = {k} makes no sense; give a finite number (0 ignores the prompt, 1 is no guidance)'
 TEACHER_BELOW_0 = ('kappa4 = {k} makes no sense; give the teacher a number >= 0 '
                    '(0 ignores the prompt, 1 is no guidance)')
@@ -48,6 +48,7 @@ FAKE_BELOW_0 = ('kappa1, kappa2, kappa3 = {}, {}, {}: below 0 go either kappa2 a
                 'or all three (Kappa.anti)')
 NO_STRENGTH = 'anti-guidance of strength {k} makes no sense; give a number above 0 (Kappa.zero() is the case 0)'
 
+# %% ../../nbs/1_method/04_guidance.ipynb #f103c2af
 @dataclass(frozen=True)
 class Kappa:
     "Guidance scales of SiD-LSG (2406.01561): finite, and below 0 only for the fake, else `InputError`"
