@@ -23,8 +23,10 @@ CHANGES = (
     ('which methods have a name; a loss or a method of your own, registered or from a file', 'methods'),
     ('which families of teachers can be opened', 'registry'),
     ('how prompts are read and repeated', 'prompts'),
-    ('the resizer in front of FID, the Inception network', 'features'),
-    ('what is exported: single files, LoRA, ONNX', 'formats'),
+    ('the resizer in front of FID', 'resize'),
+    ('the feature network of FID, the Inception Score', 'features'),
+    ('what is exported: single files, 16-bit weights, ONNX', 'formats'),
+    ('the LoRA that is exported', 'lora'),
     ('settings and their defaults', 'config'),
     ('the options of the command line', 'cli'),
 )

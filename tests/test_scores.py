@@ -13,9 +13,9 @@ from forks import Forked
 from PIL import Image
 from sid_lsg_nb.core import rng
 from sid_lsg_nb.data.images import file_sha256, images_from_folder
-from sid_lsg_nb.metrics.features import INCEPTION, ClassSums, Compute, Preprocess, extract_features, load_inception
-from sid_lsg_nb.metrics.features import resize_legacy_tensorflow
+from sid_lsg_nb.metrics.features import INCEPTION, ClassSums, Compute, extract_features, load_inception
 from sid_lsg_nb.metrics.fid import kid, prdc
+from sid_lsg_nb.metrics.resize import Preprocess, resize_legacy_tensorflow
 from sid_lsg_nb.metrics.frechet import frechet_distance
 
 def absent(capsys, what):

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from ..core import InputError, pick_device
 from ..teachers.base import find_pipeline
 from ..export.import_checkpoint import import_student
-from ..export.formats import add_variant, export_onnx, save_lora, save_single_file, t_init_and_sigma
+from ..export.formats import add_variant, export_onnx, save_single_file, t_init_and_sigma
+from ..export.lora import save_lora
 from ..teachers.single_file import is_single_file
 from ..teachers.registry import FAMILIES, family_of, open_teacher
 from ..export.model_card import push_to_hub, write_card

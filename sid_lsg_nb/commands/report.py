@@ -18,9 +18,10 @@ from torch import Tensor
 from .. import __version__
 from ..core import InputError, atomic_write, image_grid
 from ..data.images import ImageSet, images_from_folder
-from ..metrics.features import Compute, FeatureNetwork, Preprocess, bundled_feature_network, extract_features
+from ..metrics.features import Compute, FeatureNetwork, bundled_feature_network, extract_features
 from ..metrics.features import load_inception
 from ..metrics.protocols import Protocol, ScoreResult
+from ..metrics.resize import Preprocess
 from ..training.distributed import Distributed
 from .evaluate import choose_features, choose_protocol, evaluate, images_to_score
 from .options import Evaluate

@@ -13,7 +13,8 @@ from datetime import date
 from pathlib import Path
 import torch
 from sid_lsg_nb.commands.bench import random_teacher
-from sid_lsg_nb.export.formats import kohya_names, save_single_file, write_safetensors
+from sid_lsg_nb.export.formats import save_single_file, write_safetensors
+from sid_lsg_nb.export.lora import kohya_names
 from sid_lsg_nb.teachers.student import save_student
 
 VERSION, RANK, T_INIT = '0.4.7', 4, 625
