@@ -85,20 +85,18 @@ def distance_of(
 
 # %% ../../nbs/1_method/06_losses.ipynb #3f827fb7
 def sim_loss(
-    x_g: Tensor,  # [B, ...] the generator's output
-    y_real: Tensor,  # [B, ...] x0 estimate of the teacher (kappa4) at x_t
-    y_fake: Tensor,  # [B, ...] x0 estimate of the fake (kappa2) at x_t
-    y_fake3: Tensor
-    | None = None,  # [B, ...] x0 estimate of the fake (kappa3) for the residual; None: `y_fake`
-    c: float = 1.0,  # of the pseudo-Huber distance, where no `distance` is given
-    distance: Distance | None = None,  # any other
-    unit: Tensor
-    | None = None,  # [B] both differences are measured in 1/unit; alpha_t/sigma_t^2 is score space; None: x0 space
-) -> Tensor:  # [B], unweighted
+    x_g:Tensor, # [B, ...] the generator's output
+    y_real:Tensor, # [B, ...] x0 estimate of the teacher (kappa4) at x_t
+    y_fake:Tensor, # [B, ...] x0 estimate of the fake (kappa2) at x_t
+    y_fake3:Tensor|None=None, # [B, ...] x0 estimate of the fake (kappa3) for the residual; None: `y_fake`
+    c:float=1., # of the pseudo-Huber distance, where no `distance` is given
+    distance:Distance|None=None, # any other
+    unit:Tensor|None=None, # [B] differences are measured in 1/unit: alpha_t/sigma_t^2 is score space; None: x0
+)->Tensor: # [B], unweighted
     "SIM: -d'(y)^T (y_fake3 - x_g), y = y_fake - y_real; gradient flows through d' too (2410.16794)"
-    k = 1.0 if unit is None else expand_like(unit, x_g)
-    slope = (distance or huber(c=c)).slope(k * (y_fake - y_real))
-    return -sum_per_sample(slope * (k * ((y_fake if y_fake3 is None else y_fake3) - x_g)))
+    k = 1. if unit is None else expand_like(unit, x_g)
+    slope = (distance or huber(c=c)).slope(k*(y_fake - y_real))
+    return -sum_per_sample(slope*(k*((y_fake if y_fake3 is None else y_fake3) - x_g)))
 
 # %% ../../nbs/1_method/06_losses.ipynb #1fd29f61
 def di_loss(
