@@ -322,10 +322,10 @@ class ScoreDistillation:
 
     def draw(self, update:Update, shape:tuple, schedule, rng:torch.Generator, dtype=torch.float32)->Draw:
         "Start noise, noise and time, and what the rollout needs"
-        law = self.timestep_sampling_fake if 'fake' in update.trains else None
-        law = law or self.timestep_sampling
+        sampling = self.timestep_sampling_fake if 'fake' in update.trains else None
+        sampling = sampling or self.timestep_sampling
         z, eps = (torch.randn(shape, generator=rng, device=rng.device, dtype=dtype) for _ in range(2))
-        t = schedule.sample_time(shape[0], self.t_min, self.t_max, generator=rng, device=rng.device, sampling=law)
+        t = schedule.sample_time(shape[0], self.t_min, self.t_max, generator=rng, device=rng.device, sampling=sampling)
         return self.rollout.draw(Draw(z, eps, t), rng)
 
     def losses(self, update:Update, nets:Networks, batch:Batch, draw:Draw)->tuple[Tensor, dict]:
