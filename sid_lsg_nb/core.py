@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os, shutil
 from contextlib import contextmanager
+from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +20,14 @@ else:                                                           # so that the do
     Tensor = TypeVar('Tensor')
     torch = SimpleNamespace(device='device', Generator='Generator')
     np, Image = SimpleNamespace(ndarray='ndarray'), SimpleNamespace(Image='Image')
+from . import __version__
 
 # %% auto #0
 __all__ = ['Cond', 'UNREADABLE', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError',
            'pick_device', 'rng', 'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device',
            'cond_to', 'RunError', 'remove_path', 'clean_up', 'fsync_paths', 'replace_folder', 'atomic_folder',
-           'atomic_file', 'atomic_write', 'read_jsonl', 'read_json', 'read_json_or', 'to_uint8', 'image_grid']
+           'atomic_file', 'atomic_write', 'read_jsonl', 'read_json', 'read_json_or', 'library_versions', 'to_uint8',
+           'image_grid']
 
 # %% ../nbs/00_core.ipynb #7b2edee5
 def expand_like(
@@ -288,6 +291,13 @@ def read_json_or(
 
 # %% ../nbs/00_core.ipynb #nameoff2
 DISAGREEMENT = 'teacher-fake disagreement'
+
+# %% ../nbs/00_core.ipynb #libver2
+def library_versions(
+    *more:str, # packages beside the usual ones
+)->dict[str, str]:
+    "Versions of this package and of what it computes with"
+    return {'sid-lsg-nb': __version__} | {name: version(name) for name in ('torch', 'diffusers', 'transformers', *more)}
 
 # %% ../nbs/00_core.ipynb #87673fd7
 EMBEDDED = Path(str(files('sid_lsg_nb')))/'embedded'   # the bundled world: teacher, scorer, prompts

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['CARD', 'ELSEWHERE', 'LSG', 'SIM', 'BY', 'PRIVATE', 'SHOWN', 'REFUSALS', 'public_name', 'inherited_license',
-           'markdown_table', 'describe_protocol', 'score_section', 'describe_prompts', 'library_versions', 'card_data',
-           'method_name', 'CardText', 'recipe_table', 'training_line', 'start_lines', 'license_words', 'example',
-           'model_card', 'read_start', 'write_card', 'require_complete', 'push_to_hub']
+           'markdown_table', 'describe_protocol', 'score_section', 'describe_prompts', 'card_data', 'method_name',
+           'CardText', 'recipe_table', 'training_line', 'start_lines', 'license_words', 'example', 'model_card',
+           'read_start', 'write_card', 'require_complete', 'push_to_hub']
 
 # %% ../../nbs/5_export/03_model_card.ipynb #9368df49
 import hashlib, json, math, platform, re, shutil
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 import huggingface_hub as hub
 from huggingface_hub.utils import HfHubHTTPError
-from .. import __version__
-from ..core import DISAGREEMENT, EMBEDDED, InputError, atomic_write, read_json, read_json_or, read_jsonl
+from ..core import DISAGREEMENT, EMBEDDED, InputError, atomic_write, library_versions
+from ..core import read_json, read_json_or, read_jsonl
 from ..teachers.base import StudentStart
 from ..teachers.registry import FAMILIES, find_family
 
@@ -124,15 +123,6 @@ def describe_prompts(
         f'`{file.name}`, {sum(bool(l.strip()) for l in text.splitlines()):,} prompts, SHA-256 of the file '
         f'`{hashlib.sha256(text).hexdigest()}`'
     )
-
-
-def library_versions() -> dict[str, str]:
-    "What a student's software was when the card was written"
-    return {
-        'python': platform.python_version(),
-        'sid-lsg-nb': __version__,
-        **{p: version(p) for p in ('torch', 'diffusers', 'transformers')},
-    }
 
 # %% ../../nbs/5_export/03_model_card.ipynb #6f3ff94d
 def card_data(
@@ -279,6 +269,7 @@ def model_card(
     "README.md of a student, from its run's own files"
     teacher, hub_id = public_name(config['teacher'])
     license = text.license or inherited_license(config['teacher'])
+    software = dict(python=platform.python_version()) | library_versions()
     return CARD.format(
         yaml=card_data(config, license, start.kind).strip(),
         title=text.title,
@@ -291,7 +282,7 @@ def model_card(
         trained=training_line(config, log_rows),
         recipe=recipe_table(config),
         prompts=describe_prompts(config.get('prompts', ''), text.prompts),
-        versions=', '.join(f'{k} {v}' for k, v in library_versions().items()),
+        versions=', '.join(f'{k} {v}' for k, v in software.items()),
         license=license_words(license))
 
 # %% ../../nbs/5_export/03_model_card.ipynb #fe9c159d

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SPLIT_ERRORS', 'SCALE',
            'precision_of', 'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of',
-           'init_processes', 'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'versions', 'Distributed',
+           'init_processes', 'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'Distributed',
            'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'shard_fsdp', 'gather_full', 'shard_like',
            'make_learner']
 
@@ -14,7 +14,6 @@ import os, socket, sys, threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
@@ -23,7 +22,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from .. import __version__
 from ..core import InputError, pick_device
 from .checkpoint import CheckpointError, join, split
 from ..method.steps import Learner
@@ -254,13 +252,6 @@ def message_for_this_rank(error: Exception, env: Mapping) -> str:  # '' where an
     if getattr(error, 'told', False):
         return str(error) if env.get('LOCAL_RANK', '0') == '0' else ''
     return f'rank {env.get("RANK", "?")} on {socket.gethostname()}: {error}'
-
-
-def versions() -> dict[str, str]:
-    "What has to be the same on all machines of a run"
-    return {'sid-lsg-nb': __version__} | {
-        name: version(name) for name in ('torch', 'diffusers', 'transformers', 'peft')
-    }
 
 # %% ../../nbs/6_training/02_distributed.ipynb #e13fd0e5
 class Distributed:

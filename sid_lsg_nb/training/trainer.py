@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from ..core import DISAGREEMENT, EMBEDDED, InputError, RunError, atomic_write, read_json_or, rng
+from ..core import DISAGREEMENT, EMBEDDED, InputError, RunError, atomic_write, library_versions, read_json_or, rng
 from ..data.prompt_stream import PromptStream, text_batches
 from ..method.schedule import DiscreteSchedule
 from ..teachers.loading import print_once
@@ -45,7 +45,7 @@ from ..data.images import images_from_folder, generated_images
 from ..metrics.protocols import PROTOCOLS, one_line_warnings, score_images
 from ..teachers.registry import brings_prompts, is_local, open_teacher
 from .distributed import Distributed, allow_tf32, gather_full, make_learner, precision_of
-from .distributed import shard_fsdp, shard_like, versions
+from .distributed import shard_fsdp, shard_like
 from .memory import LoraView, plain_copy
 from ..data.real_images import RealBatches, encode_folder
 from .config import Config, changed_settings, check, check_out, copy_method, dry_run, guidance_scales
@@ -533,7 +533,7 @@ def config_on_all_ranks(config: Config, processes: Distributed) -> Config:
     """The settings of the whole run: a resumed run's are the first process's, which sees its folder; else raises
     `InputError` if they are not the same for all"""
     config = processes.run_on_all(lambda: with_method_sha(check(config)))
-    processes.require_same({f'the version of {k}': v for k, v in versions().items()})
+    processes.require_same({f'the version of {k}': v for k, v in library_versions('peft').items()})
     if processes.any_rank(bool(config.resume)):
         return processes.broadcast(config)
     processes.require_same({f'--{k.replace("_", "-")}': repr(v) for k, v in asdict(config).items()})
