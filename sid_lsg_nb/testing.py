@@ -5,19 +5,25 @@
 # %% auto #0
 __all__ = ['TINY_WORDS', 'tiny_vocab', 'tiny_tokenizer', 'tiny_text_encoder', 'tiny_unet', 'tiny_vae', 'tiny_pipeline',
            'tiny_sdxl_unet', 'tiny_pooled_text_encoder', 'tiny_sdxl', 'tiny_t5', 'tiny_pixart', 'tiny_clip',
-           'tiny_sd3_t5', 'tiny_sd3', 'tiny_gemma', 'tiny_dcae', 'tiny_sana']
+           'tiny_sd3_t5', 'tiny_sd3', 'tiny_gemma', 'tiny_dcae', 'tiny_sana', 'quiet_libraries', 'open_stock',
+           'damaged', 'edit_json', 'swap_part', 'with_config', 'refusal', 'refuses', 'step_noises', 'global_noises',
+           'check_guided_sampling', 'check_student']
 
 # %% ../nbs/01_testing.ipynb #22dc0144
-import inspect, json, tempfile
+import inspect, json, re, shutil, tempfile, warnings
+from collections.abc import Callable
 from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers import SanaPipeline, SanaTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+from .core import InputError, max_abs, noise_for
 
 # %% ../nbs/01_testing.ipynb #3c6e7505
 TINY_WORDS = 'a an the red green blue cat dog apple shoe on with background photo of'.split()
@@ -258,3 +264,107 @@ def tiny_sana(
         pipe = SanaPipeline(*tiny_gemma(), tiny_dcae(), net, scheduler)
     pipe.save_pretrained(folder)
     return str(folder)
+
+# %% ../nbs/01_testing.ipynb #084c720a
+def quiet_libraries():
+    "No progress bars and no remarks of diffusers and transformers"
+    for logging in (diffusers_logging, transformers_logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    remarks = '.*torch_dtype', '.*local_dir_use_symlinks', '[^A-Za-z]*The configuration file of this scheduler'
+    for message in remarks: warnings.filterwarnings('ignore', message=message)
+
+def open_stock(folder, **kwargs)->DiffusionPipeline:
+    "A pipeline as diffusers alone opens it, without its progress bar"
+    pipe = DiffusionPipeline.from_pretrained(folder, **kwargs)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+# %% ../nbs/01_testing.ipynb #d0f0dcd1
+def damaged(
+    folder, # of a whole pipeline
+    to, # where the copy goes
+    change:Callable, # (folder), such as `edit_json` and `swap_part` return
+)->str: # the copy
+    "A copy of a folder, after a change"
+    shutil.copytree(folder, to)
+    change(Path(to))
+    return str(to)
+
+def edit_json(file:str, **entries)->Callable: # (folder)
+    "A change that sets entries of a JSON file"
+    def change(folder):
+        path = Path(folder)/file
+        path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    return change
+
+def swap_part(
+    part:str, # name of its folder
+    new, # another part, with `save_pretrained`
+)->Callable: # (folder)
+    "A change that puts another part in a part's place"
+    def change(folder):
+        shutil.rmtree(Path(folder)/part)
+        new.save_pretrained(Path(folder)/part)
+    return change
+
+def with_config(net, **entries):
+    "An untrained network of the same class, with some entries of its config changed"
+    return type(net).from_config(net.config, **entries)
+
+# %% ../nbs/01_testing.ipynb #2fa234b3
+def refusal(f, *args, **kwargs)->str: # temporary folders in it are shortened to ...
+    "The message of the `InputError` that `f` must raise: one line"
+    try: f(*args, **kwargs)
+    except InputError as e: said = str(e)
+    else: raise AssertionError('no InputError was raised')
+    assert '\n' not in said and len(said) < 500, said
+    return re.sub(rf'{re.escape(tempfile.gettempdir())}/[^/\s\'"]+', '...', said)
+
+def refuses(f, path, *parts, **kwargs):
+    "Print why `f` refuses a path, and require that the message names these things"
+    said = refusal(f, path, **kwargs)
+    print('-', said)
+    assert all(p in said for p in parts), said
+
+# %% ../nbs/01_testing.ipynb #900e0fc1
+def step_noises(
+    z, # noise of the first step [B, ...]
+    seeds, # one integer per picture
+    steps:int,
+)->list: # [B, ...] each, one per step
+    "The noise of each step, from one generator per picture"
+    generators = [torch.Generator().manual_seed(s) for s in seeds]
+    later = range(steps - 1)
+    return [z, *(torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]) for _ in later)]
+
+def global_noises(z, steps:int, seed:int)->list: # [B, ...] each, one per step
+    "The noise of each step, as a pipeline draws it that is called next: torch's global generator is seeded anew"
+    torch.manual_seed(seed)
+    zs = [z, *(torch.randn(z.shape) for _ in range(steps - 1))]
+    torch.manual_seed(seed)
+    return zs
+
+# %% ../nbs/01_testing.ipynb #d6e26d32
+def check_guided_sampling(
+    ours:Callable, theirs:Callable, # (guidance scale, steps) -> latents
+):
+    "Require that both sample the same with and without guidance, and that guidance changes something"
+    for kappa, steps in ((1., 4), (4.5, 4), (7., 20)):
+        mine, stock = ours(kappa, steps), theirs(kappa, steps)
+        error = max_abs(mine, stock)/stock.abs().max().item()
+        print(f'kappa {kappa}, {steps:2} steps: off by {error:.0e} (relative)')
+        assert error < 1e-4
+    assert max_abs(ours(1., 4), ours(4.5, 4)) > .01
+
+def check_student(
+    student, # a saved generator, opened
+    stock_pictures:Callable, # start noise -> one-step pictures in [0, 1] of the two prompts below
+    prompts=('a red cat', 'a dog'),
+):
+    "Require the stock pipeline's pictures, and that each depends on its own seed only, in one step and in four"
+    seeds, last = [7, 8], dict(prompts=list(prompts[1:]), seeds=[8])
+    one, four = (student(list(prompts), seeds=seeds, steps=k) for k in (1, 4))
+    assert max_abs(one[1:], student(**last)) < 1e-5 and max_abs(one[:1], one[1:]) > 1e-3 and one.abs().max() <= 1
+    assert max_abs(four[1:], student(**last, steps=4)) < 1e-5 and max_abs(four, one) > 1e-3
+    assert max_abs(one, stock_pictures(noise_for(seeds, student.latent_shape))*2 - 1) < 1e-5

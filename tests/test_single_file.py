@@ -14,7 +14,10 @@ from sid_lsg_nb.export.formats import save_single_file, unet_key, vae_key
 from sid_lsg_nb.teachers import single_file as S
 from sid_lsg_nb.teachers.stable_diffusion import StableDiffusionTeacher, load_sd
 from sid_lsg_nb.teachers.loading import find_class, load_part_config
+from sid_lsg_nb.teachers.registry import single_file_models
 from sid_lsg_nb.teachers.student import save_student
+
+KNOWN = single_file_models()
 
 @pytest.fixture(scope='module')
 def bundled(tmp_path_factory):
@@ -32,7 +35,7 @@ def test_round_trip_to_the_bit(bundled, kind):
     if kind == 'ckpt':
         file = bundled.tmp / 'one.ckpt'
         torch.save(dict(state_dict=bundled.state, global_step=7, epoch=1), file)
-    again = StableDiffusionTeacher.from_pipeline(S.open_single_file(file), file)
+    again = StableDiffusionTeacher.from_pipeline(S.open_single_file(file, KNOWN), file)
     z, t = noise_for([1, 2], teacher.latent_shape), torch.tensor([625, 20])
     cond = teacher.text(['a 3d fox on a white background', ''])
     assert max_abs(again.denoiser(z, t, cond), teacher.denoiser(z, t, cond)) == 0
@@ -41,12 +44,12 @@ def test_round_trip_to_the_bit(bundled, kind):
     assert max_abs(again.decode(z), teacher.decode(z)) == 0
     assert max_abs(again.schedule.alphas, teacher.schedule.alphas) == 0
 
-    light = StableDiffusionTeacher.from_pipeline(S.open_single_file(file, weights=False), file, 'meta')
+    light = StableDiffusionTeacher.from_pipeline(S.open_single_file(file, KNOWN, weights=False), file, 'meta')
     assert light.device.type == 'meta' and light.latent_shape == teacher.latent_shape
 
 def test_header_says_the_prediction(bundled):
     assert S.read_single_file(bundled.file)[1]['modelspec.prediction_type'] == 'epsilon'
-    assert S.open_single_file(bundled.file, 'v_prediction').scheduler.config.prediction_type == 'v_prediction'
+    assert S.open_single_file(bundled.file, KNOWN, 'v_prediction').scheduler.config.prediction_type == 'v_prediction'
 
 # ---- what cannot be opened
 
@@ -76,14 +79,14 @@ def test_changed_file_is_refused(bundled, change, words):
     save_file(changed, bundled.tmp / 'changed.safetensors')
     for weights in (False, True):
         with pytest.raises(InputError) as e:
-            S.open_single_file(bundled.tmp / 'changed.safetensors', weights=weights)
+            S.open_single_file(bundled.tmp / 'changed.safetensors', KNOWN, weights=weights)
         said.append(str(e.value))
     assert said[0] == said[1] and all(w in said[0] for w in words) and '\n' not in said[0], said[0]
 
 def test_cut_file_is_refused(bundled):
     (bundled.tmp / 'cut.safetensors').write_bytes(bundled.file.read_bytes()[:5000])
     with pytest.raises(InputError, match='cannot be read'):
-        S.open_single_file(bundled.tmp / 'cut.safetensors')
+        S.open_single_file(bundled.tmp / 'cut.safetensors', KNOWN)
 
 # ---- the published sizes, in shapes on the meta device
 
@@ -95,11 +98,11 @@ def original_key(key, unet):
     labels = (f'{new}.{key.rsplit(".", 1)[1]}' for old, new in LABEL_KEYS.items() if key.startswith(old))
     return next(labels, None) or unet_key(key, unet.config.layers_per_block, attends)
 
-def file_of(make):
-    "Names and shapes of a whole file of this make (without SDXL's second text encoder), and its networks"
+def file_of(model):
+    "Names and shapes of a whole file of this model (without SDXL's second text encoder), and its networks"
     with torch.device('meta'):
-        unet = UNet2DConditionModel(**make.unet)
-        vae = AutoencoderKL(**S.SD_VAE | {k: v for k, v in make.vae.items() if k[:1] != '_'})
+        unet = UNet2DConditionModel(**model.unet)
+        vae = AutoencoderKL(**{k: v for k, v in model.vae.items() if k[:1] != '_'})
     file = {f'model.diffusion_model.{original_key(k, unet)}': v for k, v in unet.state_dict().items()}
     file |= {f'first_stage_model.{vae_key(k, 4)}': v for k, v in vae.state_dict().items()}
     return file | {'cond_stage_model.x': torch.empty(1, device='meta')}, dict(unet=unet, vae=vae)
@@ -110,26 +113,29 @@ SIZES = {
     'SDXL': (2_567_463_684, 128),
 }
 
-@pytest.mark.parametrize('name', S.KNOWN_MODELS)
+@pytest.mark.parametrize('name', SIZES)
 def test_published_sizes(name, tmp_path):
-    make, (size, side) = S.KNOWN_MODELS[name], SIZES[name]
-    shapes, made = file_of(make)
+    model, (size, side) = KNOWN[name], SIZES[name]
+    shapes, made = file_of(model)
     assert sum(p.numel() for p in made['unet'].parameters()) == size
-    assert S.detect_model(shapes, name) is make
+    assert S.detect_model(shapes, KNOWN, name) is model
     S.check_tensors(made, shapes, name)
-    S.write_configs(make, tmp_path / 'configs', 'v_prediction')
+    S.write_configs(model, tmp_path / 'configs', 'v_prediction')
     assert json.loads((tmp_path / 'configs/unet/config.json').read_text())['sample_size'] == side
-    kinds = {k: find_class(v[0]) for k, v in make.layout.parts.items() if k.startswith('text')}
+    kinds = {k: find_class(v[0]) for k, v in model.layout.parts.items() if k.startswith('text')}
     folders = {k: tmp_path / 'configs' / k for k in kinds}
     with torch.device('meta'):
         texts = {k: kind(load_part_config(folders[k], kind, name)) for k, kind in kinds.items()}
     if name == 'SDXL':
         assert sum(p.numel() for p in texts['text_encoder_2'].parameters()) == 694_659_840
 
+def test_every_model_has_its_size():
+    assert {*KNOWN} == {*SIZES, 'bundled'}
+
 def test_prediction():
     "A file of Stable Diffusion 2.x must say it; a marker that trainers of SDXL leave is read"
     with pytest.raises(InputError, match='--prediction-type epsilon'):
-        S.detect_prediction_type(S.KNOWN_MODELS['Stable Diffusion 2.x'], {}, {}, 'x')
+        S.detect_prediction_type(KNOWN['Stable Diffusion 2.x'], {}, {}, 'x')
     header = {'modelspec.prediction_type': 'v'}
-    assert S.detect_prediction_type(S.KNOWN_MODELS['Stable Diffusion 2.x'], {}, header, 'x') == 'v_prediction'
-    assert S.detect_prediction_type(S.KNOWN_MODELS['SDXL'], {'v_pred': 0}, {}, 'x') == 'v_prediction'
+    assert S.detect_prediction_type(KNOWN['Stable Diffusion 2.x'], {}, header, 'x') == 'v_prediction'
+    assert S.detect_prediction_type(KNOWN['SDXL'], {'v_pred': 0}, {}, 'x') == 'v_prediction'

@@ -21,6 +21,7 @@ from ..method.guidance import Kappa
 from ..method.rollout import SIGMA_INIT, teacher_sample
 from ..method.schedule import Schedule
 from .text_encoder import TextEncoder
+from .loading import SingleFileModel, open_pipeline
 
 # %% ../../nbs/2_teachers/03_base.ipynb #c290365b
 class Denoiser(nn.Module):
@@ -144,6 +145,11 @@ class Teacher:
         return next((s for s in cls.published.values() if s.hub_id == path), None)
 
     @classmethod
+    def single_files(cls)->dict[str, SingleFileModel]: # by name
+        "The family's models that are handed around as one file in the layout of the original code"
+        return {}
+
+    @classmethod
     def random(cls, name:str, device)->'Teacher':
         "A model of one of the `published` sizes with random weights, to measure with"
         raise NotImplementedError
@@ -227,7 +233,43 @@ def shape_of_latent(config)->tuple[int, int, int]: # (C, H, W)
 class PipelineTeacher(Teacher):
     "A text-to-image pipeline of diffusers with a VAE"
     pipe:DiffusionPipeline = None # the whole, as diffusers knows it
+    layouts = () # one `Layout` for each name in `kinds`
     student_scheduler = {} # entries of scheduler_config.json by which a student is told; True: it is given
+
+    @classmethod
+    def part_dtypes(cls, dtype:torch.dtype, _device)->dict|torch.dtype: # as `open_pipeline` takes them
+        "Number formats to read the parts in: all in one, unless a family knows better"
+        return dtype
+
+    @classmethod
+    def read(cls,
+        where:str, # from `find_pipeline`, or a folder
+        path, # what the user wrote, for the messages
+        dtypes:dict|torch.dtype=torch.float32, # of all weights, or part -> its own (and '' -> the rest's)
+        prediction_type:str='', # if given, instead of what the scheduler's config says
+        weights:bool=True, # False: on the meta device
+    )->DiffusionPipeline:
+        "Open part by part; raises `InputError` for another pipeline, and for missing or broken files"
+        kind = check_class(where, str(path), cls.kinds)
+        layout = next(l for l in cls.layouts if l.pipeline == kind)
+        return open_pipeline(where, path, layout, dtypes, prediction_type, weights)
+
+    @classmethod
+    def from_pipeline(cls,
+        pipe:DiffusionPipeline, # its networks with weights, or on the meta device
+        path, # what the user wrote, for the messages
+        device='cpu', # where it lives
+        dtype:torch.dtype=torch.float32, # of all weights, but for parts that need another
+    )->'PipelineTeacher': # frozen
+        "An open pipeline as a teacher; raises `InputError` for parts that do not fit together"
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, path, device='cpu', dtype=torch.float32, prediction_type='')->'PipelineTeacher': # frozen
+        "Open a folder or a hub id; raises `InputError` for what is no pipeline of the family"
+        dtypes, weights = cls.part_dtypes(dtype, device), str(device) != 'meta'
+        pipe = cls.read(find_pipeline(path), path, dtypes, prediction_type, weights)
+        return cls.from_pipeline(pipe, path, device, dtype)
 
     @classmethod
     def is_student(cls, folder)->bool:

@@ -306,7 +306,7 @@ def tiny_edm(
     classes:int=0, # 10: CIFAR-10's
     seed:int=0, # of the weights
 )->EDMTeacher:
-    "A small EDM teacher with random weights. The random twin for tests"
+    "A small EDM teacher with random weights, for tests"
     config = cifar10_config(arch, classes) | dict(
         img_resolution=8, model_channels=16, channel_mult=[1, 2], num_blocks=1, attn_resolutions=[4]
     )

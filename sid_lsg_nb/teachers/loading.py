@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CLIP_TOKENIZERS', 'T5_TOKENIZERS', 'GEMMA_TOKENIZERS', 'PLAIN_UNET', 'PLAIN_VAE', 'VARIANTS', 'DTYPE_SINCE',
-           'TRAINED_WITH', 'Layout', 'reject', 'require', 'print_once', 'read_json', 'find_class', 'check_index',
-           'pick_weights_file', 'check_weights_file', 'find_weights', 'dtype_argument', 'load_part_config',
-           'check_part_config', 'build_empty_part', 'load_part', 'open_part', 'scheduler_error',
+           'TRAINED_WITH', 'Layout', 'SingleFileModel', 'reject', 'require', 'print_once', 'read_json', 'find_class',
+           'check_index', 'pick_weights_file', 'check_weights_file', 'find_weights', 'dtype_argument',
+           'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part', 'scheduler_error',
            'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache', 'fetch_pipeline',
            'open_pipeline', 'assemble_pipeline', 'print_variants']
 
@@ -37,6 +37,20 @@ class Layout:
     fixed:dict[str, dict] = field(default_factory=dict) # part -> entries of its config and their only value
     options:dict = field(default_factory=dict) # of the pipeline's class, besides its parts
     schedulers:tuple = (DPMSolverMultistepScheduler,) # made of the scheduler's config, besides its own class
+
+@dataclass(frozen=True)
+class SingleFileModel:
+    "A model that is handed around as one file, without its configs"
+    layout:Layout
+    unet:dict # config, where it differs from `UNet2DConditionModel`'s defaults
+    vae:dict # config of the VAE
+    text:tuple[dict, ...] # config of each text encoder, where it differs from CLIP's vocabulary and length
+    pads:tuple[str, ...] # padding of each tokenizer
+    scheduler:dict # config of a `DDIMScheduler`: the noise levels of the training
+    prediction:str = '' # what the network predicts; '': its files do not say
+    v_unet:dict = field(default_factory=dict) # entries of the U-Net's config where a file predicts v
+    options:dict = field(default_factory=dict) # of the pipeline's `from_single_file`
+    index:dict = field(default_factory=dict) # entries of model_index.json besides the parts
 
 CLIP_TOKENIZERS, T5_TOKENIZERS = ('CLIPTokenizer', 'CLIPTokenizerFast'), ('T5Tokenizer', 'T5TokenizerFast')
 GEMMA_TOKENIZERS = ('GemmaTokenizer', 'GemmaTokenizerFast')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_STEP_EULER', 'betas_until', 'one_step_scheduler', 'prefix_text_keys', 'write_vocab_files', 'few_step_scheduler',
-           'Student', 'save_student', 'student_folder', 'check_one_step']
+           'Student', 'save_student', 'student_folder', 'check_one_step', 'load_student']
 
 # %% ../../nbs/2_teachers/04_student.ipynb #ed82760b
 import json
@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..core import InputError, noise_for
-from .base import Denoiser, Teacher, shape_of_latent
+from .base import Denoiser, PipelineTeacher, Teacher, shape_of_latent
 from ..method.rollout import step_times
 
 # %% ../../nbs/2_teachers/04_student.ipynb #5f20d3c7
@@ -155,3 +155,17 @@ def check_one_step(pipe:DiffusionPipeline, path):
     "Raise `InputError` for a many-step model: its scheduler's table was not cut at the generator's time"
     if pipe.scheduler.config.get('trained_betas') is None:
         raise InputError(f'{str(path)!r} is a many-step model, not a one-step student; open it as a teacher')
+
+def load_student(
+    family:type[PipelineTeacher], # reads the folder
+    student:type[Student], # what is made of it
+    path, # a saved generator, or the run folder that holds one
+    device='cpu',
+    dtype:torch.dtype=torch.float32, # of all weights
+    many_steps:bool=False, # a many-step pipeline will do too
+)->Student:
+    "Open what `save` of a family wrote; raises `InputError` when it is none"
+    pipe = family.read(str(student_folder(path)), path, dtype)
+    if not many_steps: check_one_step(pipe, path)
+    pipe.set_progress_bar_config(disable=True)
+    return student(pipe.to(device))
