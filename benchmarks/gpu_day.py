@@ -139,7 +139,7 @@ def losses(config, n: int):
     from dataclasses import replace
     from sid_lsg_nb.core import rng
     from sid_lsg_nb.method.steps import distill
-    from sid_lsg_nb.training.trainer import data_of, setup
+    from sid_lsg_nb.training.job import data_of, setup
 
     job, out = setup(config), []
 
@@ -215,7 +215,7 @@ def no_waits(device):
 
 def waits(r: Report):
     "Whole iterations, with prompts, noise and average, that never wait"
-    from sid_lsg_nb.training.trainer import iterate, setup
+    from sid_lsg_nb.training.job import iterate, setup
 
     for name, settings in dict(
         fp32={}, fp16=dict(mixed_precision='fp16', sequential_gradient=True),
@@ -530,7 +530,8 @@ def ranks(o):
     from torch.nn.parallel import DistributedDataParallel
     from sid_lsg_nb.training.checkpoint import load_latest
     from sid_lsg_nb.training.distributed import Distributed
-    from sid_lsg_nb.training.trainer import iterate, restore, save, setup
+    from sid_lsg_nb.training.job import iterate, setup
+    from sid_lsg_nb.training.resume import restore, save
 
     if os.environ['WORLD_SIZE'] == '1':  # one process starts no group by itself
         dist.init_process_group('gloo' if o.device == 'cpu' or not torch.cuda.is_available() else 'nccl')

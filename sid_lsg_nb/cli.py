@@ -12,9 +12,12 @@ from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
-from .training.config import GROUPS, PRESETS, HUB_PRESET, Config, published_scores, check
-from .training.config import config_from_dict, grouped_settings
-from .training.config import resume_folder, saved_config, settings_in_file, split_method
+from .training.config import GROUPS, Config, check
+from .training.presets import PRESETS, HUB_PRESET, published_scores
+from .training.config import grouped_settings
+from .training.run_folder import config_from_dict
+from .training.config import split_method
+from .training.run_folder import resume_folder, saved_config, settings_in_file
 from .commands.status import status
 
 # %% auto #0

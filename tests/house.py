@@ -368,6 +368,24 @@ def long_functions(root):
         and (size := n.end_lineno - n.lineno + 1) > MAX_LINES
     ]
 
+LIST = 'config', 'presets', 'run_folder', 'dry_run'  # modules of training about the flat list of settings itself
+TAKE_ALL = 'of', 'setup', 'config_on_all_ranks', 'open_run', 'train'  # these take it; all others get a part of it
+
+def whole_settings(root):
+    "Functions of training that take the whole list of settings"
+    return [
+        f'{p.relative_to(root)}:{n.lineno}: {n.name} takes the whole Config; give it the part that it reads'
+        for p in modules(root)
+        if p.parent.name == 'training' and p.stem not in LIST
+        for n in ast.walk(parse(p))
+        if isinstance(n, ast.FunctionDef) and n.name not in TAKE_ALL
+        if any(a.arg == 'config' or a.annotation and 'Config' in ast.unparse(a.annotation) for a in arguments(n))
+    ]
+
+def arguments(function):
+    a = function.args
+    return [*a.posonlyargs, *a.args, *a.kwonlyargs]
+
 def semicolons(text):
     "Lines of statements behind a semicolon; one inside a string or a comment is none"
     tokens = tokenize.generate_tokens(io.StringIO(text).readline)

@@ -22,7 +22,8 @@ from sid_lsg_nb.method.rollout import Draw
 from sid_lsg_nb.method.steps import Batch, Learner, Networks, Update, mean_of_repeats, run_update, split_noise
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.training.config import Config
-from sid_lsg_nb.training.trainer import iterate, setup, train
+from sid_lsg_nb.training.job import iterate, setup
+from sid_lsg_nb.training.trainer import train
 
 FILE = Path(__file__).parents[1] / 'nbs' / 'recipes' / 'dmd2.py'
 sys.path.insert(0, str(FILE.parent))

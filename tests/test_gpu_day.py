@@ -122,7 +122,9 @@ def test_a_state_comes_back_whole(tmp_path, monkeypatch):
 def test_a_dry_run_names_the_card_and_is_silent_elsewhere(tmp_path, monkeypatch, capsys):
     from dataclasses import asdict, replace
     from sid_lsg_nb.commands.bench import Bench
-    from sid_lsg_nb.training.config import PRESETS, estimate_time, dry_run, resolve
+    from sid_lsg_nb.training.config import resolve
+    from sid_lsg_nb.training.dry_run import estimate_time, dry_run
+    from sid_lsg_nb.training.presets import PRESETS
 
     config = resolve(replace(PRESETS['sd15-lsg-1.5'], max_train_images=360_000))
     (tmp_path / 'gpu-fp32-4.json').write_text(

@@ -18,9 +18,10 @@ from sid_lsg_nb.method.steps import Batch, Learner, Networks, generator_grad, ru
 from sid_lsg_nb.method.guidance import Kappa
 from sid_lsg_nb.method.optim import EMA, make_adam
 from sid_lsg_nb.method.schedule import DiscreteSchedule
-from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.config import Config, settings_of
 from sid_lsg_nb.teachers.registry import open_teacher
-from sid_lsg_nb.training.trainer import build_networks, iterate, setup
+from sid_lsg_nb.training.job import iterate, setup
+from sid_lsg_nb.training.networks import build_networks
 
 ASKS = {
     getattr(torch.ops.aten, k).default for k in ('_local_scalar_dense', 'nonzero', 'equal', 'masked_select')
@@ -110,5 +111,5 @@ def test_no_copy_of_the_teacher_that_nobody_trains(monkeypatch, lora, most):
     monkeypatch.setattr(Denoiser, 'copy', lambda net: (made.append(net), copy(net))[1])
     config = Config(device='cpu', lora=lora, lora_rank=2)
     teacher = open_teacher('embedded')
-    build_networks(config, teacher, make_method(Recipe()))
+    build_networks(settings_of(config).networks, teacher, make_method(Recipe()))
     assert len(made) <= most

@@ -86,7 +86,7 @@ def small(tmp_path):
 # ---- the house keeps its rules
 
 RULES = [house.odd_notebooks, house.places, house.ladder, house.gone, house.strays, house.long_functions,
-         house.unsafe_loads, house.unstated, house.machine_paths, house.density]
+         house.whole_settings, house.unsafe_loads, house.unstated, house.machine_paths, house.density]
 
 @pytest.mark.parametrize('rule', RULES, ids=lambda f: f.__name__)
 def test_rule(rule): assert rule(ROOT) == []
@@ -222,6 +222,13 @@ def test_climbing_cell_is_seen(small, code):
     notebook(small, '1_method/02_losses.ipynb', '#| default_exp method.losses', code)
     said = 'imports teachers.base (2_teachers/01), not above 1_method/02'
     assert house.ladder(small) == [f'nbs/1_method/02_losses.ipynb: {said}']
+
+def test_function_that_takes_all_settings_is_seen(small):
+    module(small, 'training.__init__', '')
+    module(small, 'training.run_folder', 'def folder_of(config): pass')
+    code = 'def setup(config): pass', 'def save(job, config): pass', "def rate(c: 'Config'): pass", 'def plain(x): pass'
+    module(small, 'training.job', '\n'.join(code))
+    assert [c.split(': ')[1].split()[0] for c in house.whole_settings(small)] == ['save', 'rate']
 
 def test_relative_import_of_a_cell_is_seen(small):
     notebook(small, '1_method/01_schedule.ipynb', '#| default_exp method.schedule', 'from .losses import h')

@@ -7,8 +7,12 @@ import pytest
 import torch
 from sid_lsg_nb.method.optim import lr_factor
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
-from sid_lsg_nb.training.config import Config, PRESETS, dry_run
-from sid_lsg_nb.training.trainer import iterate, open_run, setup, train
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.dry_run import dry_run
+from sid_lsg_nb.training.presets import PRESETS
+from sid_lsg_nb.training.job import iterate, setup
+from sid_lsg_nb.training.resume import open_run
+from sid_lsg_nb.training.trainer import train
 
 RUN = Config(
     device='cpu', total_batch_size=8, max_train_images=32, lr=2e-4, lr_fake=1e-4, lr_scheduler='cosine', lr_warmup=12,

@@ -3,7 +3,9 @@
 from sid_lsg_nb.training.checkpoint import load_checkpoint, save_checkpoint
 from sid_lsg_nb.testing import tiny_pipeline
 from sid_lsg_nb.training.distributed import SCALE
-from sid_lsg_nb.training.trainer import Config, restore, setup, state_of
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.job import setup
+from sid_lsg_nb.training.resume import restore, state_of
 
 def test_the_settled_scale_is_kept(tmp_path):
     """Saved to disk and loaded into a job that has just begun: the scale and the count of good steps since it last

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from sid_lsg_nb.training import log as watch, trainer
+from sid_lsg_nb.training import job, log as watch, resume, scores, stop_signals, trainer
 from sid_lsg_nb.training.checkpoint import checkpoints, load_latest
 from sid_lsg_nb.commands.convert import Export, export_to
 from sid_lsg_nb.core import InputError, RunError
@@ -137,19 +137,11 @@ def hit(monkeypatch, where, name, *signals):
 
     monkeypatch.setattr(where, name, work)
 
-@pytest.mark.parametrize('when', ['setup', 'state_of', 'save_student'])
-def test_signals_at_any_time_leave_a_checkpoint(home, tmp_path, monkeypatch, when):
-    monkeypatch.setattr(trainer, 'is_interactive', lambda: False)  # a batch job
-    hit(
-        monkeypatch,
-        trainer,
-        when,
-        signal.SIGUSR1,
-        signal.SIGTERM,
-        signal.SIGINT,
-        signal.SIGINT,
-        signal.SIGHUP,
-    )
+@pytest.mark.parametrize('where, when', [(resume, 'setup'), (resume, 'state_of'), (trainer, 'save_student')])
+def test_signals_at_any_time_leave_a_checkpoint(home, tmp_path, monkeypatch, where, when):
+    monkeypatch.setattr(stop_signals, 'is_interactive', lambda: False)  # a batch job
+    asked = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGINT, signal.SIGHUP
+    hit(monkeypatch, where, when, *asked)
     train(config(home, out=str(tmp_path / 'run')))
     assert checkpoints(tmp_path / 'run/checkpoints')
     train(config(home, out=str(tmp_path / 'run'), resume='latest'))
@@ -157,12 +149,12 @@ def test_signals_at_any_time_leave_a_checkpoint(home, tmp_path, monkeypatch, whe
 
 def test_the_checkpoint_comes_before_pictures(home, tmp_path, monkeypatch):
     order = []
-    for name in ('save_checkpoint', 'curves', 'save_student'):
-        monkeypatch.setattr(
-            trainer,
-            name,
-            lambda *a, real=getattr(trainer, name), name=name: (order.append(name), real(*a))[1],
-        )
+
+    def note(where, name):
+        real = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *a: (order.append(name), real(*a))[1])
+
+    note(resume, 'save_checkpoint'), note(trainer, 'curves'), note(trainer, 'save_student')
     hit(monkeypatch, trainer, 'iterate', signal.SIGTERM)
     train(config(home, out=str(tmp_path / 'run'), checkpoint_every=0))
     assert order[0] == 'save_checkpoint' and 'save_student' in order
@@ -189,7 +181,7 @@ def test_what_comes_after_training_does_not_cost_the_run(home, tmp_path, monkeyp
     assert same(folder, home / 'whole') and (folder / 'generator/README.md').exists()
 
 def test_a_sheet_that_cannot_be_drawn_does_not_cost_the_run(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trainer, 'save_grid', broken)
+    monkeypatch.setattr(scores, 'save_grid', broken)
     train(config(home, out=str(tmp_path / 'run'), sample_every=8))
     assert 'a sheet failed (ZeroDivisionError' in capsys.readouterr().out and same(
         tmp_path / 'run', home / 'whole'
@@ -200,7 +192,7 @@ def test_the_same_command_again(home, tmp_path, monkeypatch, capsys):
     folder = train(again)
     capsys.readouterr()
     with monkeypatch.context() as m:
-        m.setattr(trainer, 'open_teacher', broken)
+        m.setattr(job, 'open_teacher', broken)
         assert train(again) == folder  # at once: nothing is opened
     assert 'is finished' in capsys.readouterr().out
     train(replace(again, max_train_images=32))

@@ -21,7 +21,7 @@ from sid_lsg_nb.core import InputError, atomic_write
 from sid_lsg_nb.core import EMBEDDED
 from sid_lsg_nb.metrics.tiny import TinyClip, load_world, tiny_score
 from sid_lsg_nb.training.config import Config
-from sid_lsg_nb.training.trainer import iterate, setup
+from sid_lsg_nb.training.job import iterate, setup
 from sid_lsg_nb.training.drawing import many_step_draw, student_draw
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..training.distributed import Distributed
 from ..training.memory import MemorySettings, memory_budget, print_memory_budget
 from .options import Bench
 from ..training.config import Config
-from ..training.trainer import TrainingJob, iterate, setup
+from ..training.job import TrainingJob, iterate, setup
 
 # %% ../../nbs/7_commands/03_bench.ipynb #bddc0078
 def bench_config(b: Bench) -> Config:
@@ -66,7 +66,7 @@ def _network_call(d: Denoiser):
 def network_calls(job: TrainingJob) -> dict:  # name: a function that does the calls
     "The network calls of one iteration, alone"
     nets, text, prompts = (
-        job.nets, job.teacher.text, PromptStream(job.prompts, 1).take(job.config.total_batch_size))
+        job.nets, job.teacher.text, PromptStream(job.prompts, 1).take(job.settings.data.total_batch_size))
     fake, generator, cond = nets['fake'], nets['generator'], text(prompts)
     n = job.method.draw(
         job.method.updates(0)[-1], (len(prompts), *job.teacher.latent_shape), job.teacher.schedule, job.rng

@@ -16,7 +16,8 @@ from ..core import InputError
 from ..teachers.registry import find_family
 from ..teachers.registry import open_student, open_teacher
 from ..export.model_card import public_name
-from ..training.config import Config, run_title, saved_config
+from ..training.config import Config, run_title
+from ..training.run_folder import saved_config
 from ..training.drawing import many_step_draw
 
 # %% ../../nbs/7_commands/04_sources.ipynb #78097c2c

@@ -10,7 +10,8 @@ import statistics, time
 from pathlib import Path
 from ..core import DISAGREEMENT
 from ..training.checkpoint import checkpoints
-from ..training.config import log_rows, resume_command, run_title, saved_config
+from ..training.config import resume_command, run_title
+from ..training.run_folder import log_rows, saved_config
 
 # %% ../../nbs/7_commands/02_status.ipynb #8c268d68
 def progress_lines(rows:list[dict], images:int, file:Path)->list[str]:
@@ -38,5 +39,5 @@ def status(folder)->str:
     if torn: out += [f'  log.jsonl: {torn} torn line(s) left out; the next resume removes them']
     out += [f'  checkpoints at {kept}{saved}']
     if rows and rows[-1]['nimg'] < config.max_train_images:
-        out += [f'  if it is not running: {resume_command(config, folder)}']
+        out += [f'  if it is not running: {resume_command(config.method, folder)}']
     return '\n'.join(out)

@@ -4,29 +4,23 @@
 
 # %% ../../nbs/6_training/04_config.ipynb #2b164f45
 from __future__ import annotations
-import hashlib, importlib.util, itertools, json, math, re, shlex, sys, yaml
+import hashlib, importlib.util, math, re, shlex, sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args, get_origin, get_type_hints
-from ..core import InputError, atomic_write, read_json, read_jsonl
+from typing import Literal, TYPE_CHECKING, TypeVar
+from ..core import InputError, atomic_write
 from ..method.guidance import Kappa
-from .checkpoint import CheckpointError, checkpoints, load_facts
 if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
-__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'SD15', 'SD21', 'SD21_768',
-           'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD',
-           'TWO_AT_ONCE', 'ALL_FP16', 'PUBLISHED', 'COMMON', 'PRESETS', 'PUBLISHED_SCORES', 'HUB_PRESET', 'LATEST',
-           'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'OF_ONE_RUN', 'TIMED', 'Config', 'grouped_settings',
+__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'Config', 'grouped_settings',
            'guidance_scales', 'split_method', 'read_method', 'with_method_sha', 'require_same_method',
            'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check', 'require_known_method',
            'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations', 'check_files',
-           'check_gan_times', 'resolve', 'recipe_of', 'lr_of', 'run_title', 'preset_from_row', 'published_scores',
-           'require_run_folder', 'check_out', 'new_folder', 'run_folder', 'log_rows', 'has_type', 'config_from_dict',
-           'settings_in_file', 'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'estimate_time',
-           'benchmark_name', 'print_memory', 'files_of', 'dry_run']
+           'check_gan_times', 'resolve', 'recipe_of', 'run_title', 'TeacherSettings', 'DataSettings', 'NetworkSettings',
+           'OptimizerSettings', 'LogSettings', 'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -258,9 +252,9 @@ def copy_method(config:Config, folder:Path):
     if own := split_method(config.method): atomic_write(folder/METHOD_COPY, read_method(own[0]))
 
 
-def resume_command(config:Config, folder)->str:
+def resume_command(method:str, folder)->str:
     "The line that goes on with a run: code of one's own is named anew"
-    own = f' --method {shlex.quote(config.method)}' if split_method(config.method) else ''
+    own = f' --method {shlex.quote(method)}' if split_method(method) else ''
     return f'sid-lsg distill --resume {folder}{own}'
 
 # %% ../../nbs/6_training/04_config.ipynb #175240f4
@@ -442,14 +436,6 @@ def recipe_of(
         gradient=gradient, **times, **own)
 
 
-def lr_of(config: Config, role: str, nimg: int = 0) -> float:
-    "Learning rate of a network after so many images"
-    from sid_lsg_nb.method.optim import lr_factor
-
-    lr = config.lr if role == 'generator' else config.lr_fake
-    return lr * lr_factor(config.lr_scheduler, nimg, config.lr_warmup, config.max_train_images)
-
-
 def run_title(config: Config) -> str:
     "kappa1..kappa4 and the loss, for titles"
     k, c = guidance_scales(config), config
@@ -458,346 +444,122 @@ def run_title(config: Config) -> str:
     steps = f', {c.student_steps} steps' if c.student_steps > 1 else ''
     return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}{steps}'
 
-# %% ../../nbs/6_training/04_config.ipynb #b09e6191
-SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
-SD21_768 = 'stabilityai/stable-diffusion-2-1'
-SDXL, PIXART = 'stabilityai/stable-diffusion-xl-base-1.0', 'PixArt-alpha/PixArt-XL-2-512x512'
-SD3, SANA = 'stabilityai/stable-diffusion-3-medium-diffusers', 'Efficient-Large-Model/Sana_600M_512px_diffusers'
-# file names of the published teachers: give --teacher PATH
-EDM = 'edm-cifar10-32x32-uncond-vp.pkl', 'edm-cifar10-32x32-cond-vp.pkl'
-PIXELS = dict(alpha=1.2, timestep_sampling_fake='edm', fake_loss_weight='edm', total_batch_size=256, micro_batch=None,
-              lr=1e-5, lr_fake=1e-5, proportion_empty_prompts=0., ema_halflife=500_000,
-              teacher_kappa=1., teacher_steps=18, n_eval=0)                                  # SiD's run_sid.sh
-SID_DIT = dict(guidance='lsg', kappa=4.5, alpha=1., loss_weight='1-t', fake_loss_weight='velocity',
-               timestep_sampling='logit-normal', t_min=.001, t_max=.999, t_init=1., student_steps=4,
-               total_batch_size=256, proportion_empty_prompts=.1, mixed_precision='bf16',
-               lr=1e-6, lr_fake=1e-6, adam_epsilon=1e-8)                                     # 2509.25127
-SIM_WORDS = dict(method='sim', loss_weight='none', mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1)
-SIM_PIXELS = PIXELS | dict(method='sim', alpha=1., loss_weight='none')
-ONE_CARD = dict(mixed_precision='fp16', sequential_gradient=True, gradient_checkpointing=True, micro_batch=1,
-                offload=('vae',))
-TWO_AT_ONCE = dict(gradient_checkpointing=True, micro_batch=2)
-ALL_FP16 = dict(weight_dtype='fp16', clip_grad_value=1.)
-PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLIP  more settings
-    'sd15-lsg-1.5':                  (SD15,  'lsg',   1.5,   8_806,  8.71, .302, {}),
-    'sd15-lsg-1.5-long-training':    (SD15,  'lsg',   1.5,  18_789,  8.15, .304, {}),
-    'sd15-lsg-2':                    (SD15,  'lsg',   2.0,   4_812,  9.56, .313, {}),
-    'sd15-lsg-3':                    (SD15,  'lsg',   3.0,   6_349, 13.21, .314, {}),
-    'sd15-lsg-4.5':                  (SD15,  'lsg',   4.5,   8_380, 16.59, .317, {}),
-    'sd21-lsg-1.5':                  (SD21,  'lsg',   1.5,   9_728,  9.52, .308, {}),
-    'sd21-lsg-2':                    (SD21,  'lsg',   2.0,   8_482, 10.97, .318, {}),
-    'sd21-lsg-3':                    (SD21,  'lsg',   3.0,   6_144, 13.50, .321, {}),
-    'sd21-lsg-4.5':                  (SD21,  'lsg',   4.5,   7_168, 16.54, .322, {}),
-    'cifar10-sid':                   (EDM[0], 'lsg',  1.0, 403_968, 1.923, None, PIXELS),
-    'cifar10-sid-cond':              (EDM[1], 'lsg',  1.0, 713_312, 1.710, None, PIXELS),
-    # FIDs are SIM's, settings SiD's: SIM's own were not found
-    'cifar10-sim':                   (EDM[0], 'lsg',  1.0, 403_968,  2.06, None, SIM_PIXELS),
-    'cifar10-sim-cond':              (EDM[1], 'lsg',  1.0, 713_312,  1.96, None, SIM_PIXELS),
-    # no published result for any row below
-    'sd15-long-2':                   (SD15,  'long',  2.0,   8_806,  None, None, {}),
-    'sd15-short-0.5':                (SD15,  'short', 0.5,   8_806,  None, None, {}),   # our reading of "short"
-    'sd21-long-2':                   (SD21,  'long',  2.0,   9_728,  None, None, {}),
-    'sd21-short-0.5':                (SD21,  'short', 0.5,   9_728,  None, None, {}),
-    # ours: weights in 16 bits and eps 1e-6 as the official --fp16 1, which has no EMA and another kappa
-    'sd15-lsg-1.5-fp16':             (SD15,  'lsg',   1.5,   8_806,  None, None, ALL_FP16),
-    # predicts v, 768 pixels
-    'sd21-768-lsg-1.5':              (SD21_768, 'lsg', 1.5,  9_728,  None, None, TWO_AT_ONCE),
-    # Zero-CFG of few-step SiD (2505.12674), without its GAN term; Anti-CFG, whose scale is our guess
-    'sd15-zero-4step':               (SD15,  'zero',  1.0,   8_806,  None, None, dict(student_steps=4)),
-    'sd15-anti-4step':               (SD15,  'anti',  1.0,   8_806,  None, None, dict(student_steps=4)),
-    # kappa: a public rerun of SIM on SDXL; the rest is ours
-    'sdxl-sim':                      (SDXL,  'long',  7.5,   1_000,  None, None, SIM_WORDS),
-    # SIM-DiT-600M: linear betas, t_init 440, bf16; its kappa, lr, batch and c were not found
-    'pixart-sim':                    (PIXART, 'long', 4.5,   1_000,  None, None, SIM_WORDS),
-    # 2509.25127; how many images was not found
-    'sd3-sid-dit':                   (SD3,   'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
-    'sana-sid-dit':                  (SANA,  'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
-    # ours, for one card
-    'sd15-lsg-1.5-24gb':             (SD15,  'lsg',   1.5,   8_806,  None, None, ONE_CARD),
-}
-COMMON = dict(total_batch_size=512, micro_batch=4, lr=1e-6, lr_fake=1e-6, ema_halflife=50_000, ema_rampup=.05,
-              log_every=5_120, sample_every=102_400, checkpoint_every=512_000, teacher_kappa=7.5)
-def preset_from_row(name:str)->Config:
-    "A row as a config"
-    teacher, guidance, kappa, kimg, _, _, more = PUBLISHED[name]
-    own = dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, max_train_images=kimg*1000)
-    return Config(**COMMON | own | more)
+# %% ../../nbs/6_training/04_config.ipynb #parts1
+@dataclass(frozen=True)
+class TeacherSettings:
+    "Which teacher is opened, and how"
 
-PRESETS = dict(embedded=Config(), **{name: preset_from_row(name) for name in PUBLISHED})
-# scores other than FID and CLIP that a paper gives for what a preset is about, and how they were got
-PUBLISHED_SCORES = {
-    'pixart-sim': 'SIM-DiT-600M (2410.16794), COCO val2017, 512 pixels, one step: aesthetic 6.42, ImageReward 0.67, '
-                  'PickScore 0.223; its teacher with 30 steps: 5.97, 0.82, 0.226; people preferred the teacher in '
-                  '54.88 % of pairs, SIM-DiT in 45.12 %; four A100 for two days'}
-
-def published_scores(name:str)->str: # '' where nothing was published
-    "What the papers report for a preset, in a line"
-    fid, clip = PUBLISHED[name][4:6] if name in PUBLISHED else (None, None)
-    known = [f'FID {fid:g}'] if fid is not None else []
-    known += [f'CLIP {clip:g}'] if clip is not None else []
-    return PUBLISHED_SCORES.get(name) or ', '.join(known)
-
-HUB_PRESET = 'sd15-lsg-1.5' # for a teacher that is not here, so that its family is not known, if no preset is named
-
-# %% ../../nbs/6_training/04_config.ipynb #c12fd6eb
-LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
-RUN_FILES = ('config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'scores.json', 'curves.png',
-             'samples', 'checkpoints', 'generator', 'tensorboard', METHOD_COPY)
-def require_run_folder(folder:Path)->Path:
-    "A folder where a run began and reached no checkpoint; raises `InputError` for one that holds anything else"
-    others = [folder.name]
-    if folder.is_dir(): others = [p.name for p in folder.iterdir() if p.name not in RUN_FILES and p.name[0] != '.']
-    if others and not (folder/'config.json').is_file():
-        raise InputError(f'--out {folder} exists and is no run folder (it holds {others[0]!r}); choose another folder')
-    return folder
-
-def check_out(config:Config):
-    "Raise `InputError` if the folder of a new run exists and cannot be taken"
-    folder = Path(config.out).expanduser()
-    if not config.out or not folder.exists(): return
-    if config.resume == LATEST:
-        require_run_folder(folder)
-        return
-    raise InputError(f'--out {config.out} exists; choose another folder, leave --out away for the next free '
-                     f'runs/{config.preset}-N, or go on with it: --resume latest')
-
-def new_folder(config:Config)->Path:
-    "Make the run's folder; two processes never get the same; raises `InputError` if a given one exists"
-    if config.out:
-        folder = Path(config.out).expanduser()
-        try: folder.mkdir(parents=True)
-        except FileExistsError: check_out(config)
-        return folder
-    for n in itertools.count(1):
-        folder = Path('runs')/f'{config.preset}-{n}'
-        try: folder.mkdir(parents=True)
-        except FileExistsError: continue
-        return folder
-
-def run_folder(config:Config)->Path:
-    "Create the run's folder, with its config; raises `InputError` if a given one exists"
-    folder = new_folder(config)
-    for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()     # of an attempt that reached no checkpoint
-    (folder/'samples').mkdir(exist_ok=True)
-    settings = asdict(with_gan_times(replace(config, resume='')))
-    copy_method(config, folder)
-    atomic_write(folder/'config.json', json.dumps(settings, indent=1) + '\n')
-    return folder
-
-# %% ../../nbs/6_training/04_config.ipynb #ccd88018
-LOG_COLUMNS = 'nimg', 'loss', 'norm'
-def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are none
-    "The lines of log.jsonl that are whole"
-    rows, bad = read_jsonl(file)
-    good = [r for r in rows if all(isinstance(r.get(k), (int, float)) for k in LOG_COLUMNS)]
-    return good, len(bad) + len(rows) - len(good)
-
-# %% ../../nbs/6_training/04_config.ipynb #4d568a03
-FIXED_SETTINGS = ('prediction_type', 'seed', 't_init', 'student_steps')
+    teacher: str
+    prediction_type: str
+    offload: tuple
 
 
-def has_type(value, hint) -> bool:
-    "Does a value from a file have the type of a setting?"
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, (list, tuple)) and all(has_type(v, get_args(hint)[0]) for v in value)
-    if get_args(hint):
-        return any(has_type(value, h) for h in get_args(hint))
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
+@dataclass(frozen=True)
+class DataSettings:
+    "What an iteration reads"
+
+    teacher: str  # may bring prompts of its own
+    prompts: str
+    column: str
+    real_images: str
+    total_batch_size: int
+    micro_batch: int
+    proportion_empty_prompts: float
+    seed: int
 
 
-def config_from_dict(values: dict, source, base: Config = Config()) -> Config:
-    "Settings of a file over those of a base; raises `InputError` for unknown ones, and values of another type"
-    hints = get_type_hints(Config)
-    strange = [k for k in values if k not in hints]
-    if strange:
-        raise InputError(
-            f'{str(source)!r} is of another version of sid-lsg, with settings that this one does not know '
-            f'({", ".join(strange[:3])}); start a new run, or go on with the version that made it'
-        )
-    wrong = [k for k, v in values.items() if not has_type(v, hints[k])]
-    if wrong or not values:
-        raise InputError(
-            f'{str(source)!r} is no list of settings ({wrong[0] if wrong else "it holds none"}); restore it'
-        )
-    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+@dataclass(frozen=True)
+class NetworkSettings:
+    "How networks are stored and run"
+
+    precision: str  # a key of `PRECISIONS`
+    lora: str
+    lora_rank: int
+    fsdp: bool
+    gradient_checkpointing: bool
+    channels_last: bool
+    compile: bool
+    seed: int
 
 
-OF_ONE_RUN = 'out', 'resume', 'dry_run'  # settings that say what to do now, not what a run is
+@dataclass(frozen=True)
+class OptimizerSettings:
+    "Adam for each network, and the average of the generator"
+
+    lr: float
+    lr_fake: float
+    lr_scheduler: str
+    lr_warmup: int
+    max_train_images: int
+    adam_epsilon: float | None
+    clip_grad_value: float | None
+    use_8bit_adam: bool
+    ema_halflife: float
+    ema_rampup: float
+    offload: tuple
 
 
-def settings_in_file(file) -> dict:
-    "Settings of config.json or of lines `name: value` (YAML), without those of `OF_ONE_RUN`; raises `InputError`"
-    file = Path(file).expanduser()
-    if file.suffix == '.json':
-        values = read_json(file)
-    else:
-        try:
-            values = yaml.safe_load(file.read_text(encoding='utf-8'))
-        except (OSError, ValueError, yaml.YAMLError) as e:
-            why = type(e).__name__
-            raise InputError(
-                f'--config {file} cannot be read ({why}); give a .yaml or .json file of settings'
-            ) from e
-    if not isinstance(values, dict):
-        raise InputError(f'--config {file} is no list of settings; write one `name: value` per line')
-    config_from_dict(values, file)
-    return {k: v for k, v in values.items() if k not in OF_ONE_RUN}
+@dataclass(frozen=True)
+class LogSettings:
+    "What a run writes down and when, and when it stops by itself"
+
+    max_train_images: int
+    total_batch_size: int
+    log_every: int
+    sample_every: int
+    checkpoint_every: int
+    checkpoints_total_limit: int
+    eval_every: int
+    divergence_factor: float
+    divergence_patience: int
+    report_to: str
 
 
-def saved_config(folder, say=print) -> Config:
-    "The config of a run folder, or its newest checkpoint's if that cannot be used; raises `InputError` without either"
-    file = Path(folder) / 'config.json'
-    try:
-        return config_from_dict(read_json(file), file)
-    except InputError as e:
-        problem = e
-    for path in checkpoints(Path(folder) / 'checkpoints'):
-        try:
-            config = config_from_dict(load_facts(path).get('config', {}), path)
-        except (InputError, CheckpointError):
-            continue
-        say(f'{file} cannot be used; the settings are those in checkpoint {path.name}')
-        return config
-    if file.is_file():
-        raise problem
-    raise InputError(
-        f'{str(folder)!r} is no run folder (no config.json); give the folder that `sid-lsg distill` made'
-    )
+@dataclass(frozen=True)
+class EvaluationSettings:
+    "How pictures are drawn and scored"
+
+    n_eval: int
+    eval_reference: str
+    inception: str
+    student_steps: int
+    teacher_steps: int
+    teacher_kappa: float
+    micro_batch: int
+    seed: int
+    fsdp: bool
 
 
-def has_started(folder: Path) -> bool:
-    "Is there something to go on with, or the end of a run?"
-    return bool(checkpoints(folder / 'checkpoints')) or (folder / 'closing.json').is_file()
+@dataclass(frozen=True)
+class RunSettings:
+    "A resolved config, taken apart"
+
+    teacher: TeacherSettings
+    data: DataSettings
+    recipe: Recipe  # what the method sees; times that are None are the teacher's to say
+    networks: NetworkSettings
+    optimizer: OptimizerSettings
+    log: LogSettings
+    evaluation: EvaluationSettings
+    method: str  # as it was asked for
+    title: str  # see `run_title`
+    record: dict  # all of the list, as a run folder and its checkpoints keep it
 
 
-def resume_folder(config: Config) -> Path | None:  # None: start a new run
-    "The run that `config.resume` means"
-    if config.resume != LATEST:
-        return Path(config.resume).expanduser() if config.resume else None
-    if config.out:
-        return out if has_started(out := Path(config.out).expanduser()) else None
-    names = re.compile(re.escape(config.preset) + r'-\d+')  # not those of a preset whose name begins alike
-    found = {p: checkpoints(p / 'checkpoints') for p in Path('runs').glob('*') if names.fullmatch(p.name)}
-    newest = sorted((kept[0].stat().st_mtime, p) for p, kept in found.items() if kept)
-    silent = lambda line: None
-    return next((p for _, p in reversed(newest) if saved_config(p, silent).preset == config.preset), None)
+def settings_of(config: Config) -> RunSettings:  # config: see `resolve`
+    "The parts of a run's settings"
+    parts = dict(
+        teacher=TeacherSettings, data=DataSettings, networks=NetworkSettings, optimizer=OptimizerSettings,
+        log=LogSettings, evaluation=EvaluationSettings)
+    own = {k: kind(**{f.name: getattr(config, f.name) for f in fields(kind)}) for k, kind in parts.items()}
+    recipe = recipe_of(config, config.t_init, (None, None))
+    record = asdict(replace(config, resume=''))
+    return RunSettings(recipe=recipe, method=config.method, title=run_title(config), record=record, **own)
 
 
-def changed_settings(old: Config, new: Config) -> list[str]:
-    "Names of settings that differ, also of prompts and teacher that moved; raises `InputError` for `FIXED_SETTINGS`"
-    require_same_method(old.method_sha256, new.method_sha256)
-    names = [f.name for f in fields(Config) if f.name not in OF_ONE_RUN]
-    keys = [k for k in names if getattr(old, k) != getattr(new, k)]
-    wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED_SETTINGS]
-    if wrong:
-        raise InputError(
-            f'cannot resume with another {", ".join(wrong)}; start a new run, or leave it as it was'
-        )
-    return keys
+def lr_of(settings: OptimizerSettings, role: str, nimg: int = 0) -> float:
+    "Learning rate of a network after so many images"
+    from sid_lsg_nb.method.optim import lr_factor
 
-# %% ../../nbs/6_training/04_config.ipynb #7656064c
-TIMED = (
-    'micro_batch',
-    'mixed_precision',
-    'weight_dtype',
-    'tf32',
-    'sequential_gradient',
-    'gradient_checkpointing',
-    'lora',
-    'use_8bit_adam',
-    'compile',
-    'channels_last',
-)  # settings that decide how long an iteration takes
-
-
-def estimate_time(
-    config: Config,  # see `resolve`
-    card: str,  # as PyTorch names it
-    rows: list[dict],  # measurements: card, date, img_per_s, and the settings of a `Bench`
-) -> str:  # '' where nothing was measured
-    "How long the training itself takes on a card, from what was measured on such a card with these settings"
-    same = TIMED + ('lora_rank',) * (config.lora != 'none')
-    teacher = benchmark_name(config.teacher)
-    guided, ema = guidance_scales(config) != Kappa(), 'ema' in config.offload
-    if config.fake_updates > 1 or split_method(config.method):
-        return ''
-    wanted = {k: getattr(config, k) for k in same} | dict(teacher=teacher, guided=guided, ema=ema)
-    for r in rows:
-        done = r['settings']
-        known = {k: done[k] for k in ('teacher', *same)} | dict(
-            guided=done['kappa'] != 1, ema='ema' in done['offload']
-        )
-        if r['card'] != card or known != wanted:
-            continue
-        hours, speed = (
-            config.max_train_images / r['img_per_s'] / 3600,
-            f'{r["img_per_s"]:g} images/s, measured {r["date"]}',
-        )
-        return (
-            f'time: about {hours:.3g} hours of training on one {card} ({speed}); '
-            'sheets, checkpoints and scores come on top'
-        )
-    return ''
-
-
-def benchmark_name(teacher: str) -> str:
-    "What a benchmark of this teacher calls it: a published size is measured with random weights"
-    from sid_lsg_nb.teachers.registry import published_models
-
-    sizes = {f.published[name].hub_id: f'random-{name}' for name, f in published_models().items()}
-    return sizes.get(teacher, teacher)
-
-
-def print_memory(config: Config):
-    "The memory of one process, counted from the shapes of a known teacher"
-    from sid_lsg_nb.teachers.registry import model_shapes
-    from sid_lsg_nb.training.memory import MemorySettings, memory_budget, print_memory_budget
-
-    c, shapes = config, model_shapes(config.teacher)
-    if shapes is None:
-        print(f'memory: unknown for this kind of teacher, or before {c.teacher!r} is fetched')
-        return
-    settings = MemorySettings.of(c, guided=guidance_scales(c) != Kappa())
-    parts = memory_budget(shapes, settings)
-    before = ' (before sharding)' if c.fsdp else ''
-    print_memory_budget(f'memory per process, counted from shapes; workspaces come on top{before}:', parts)
-
-
-def files_of(config: Config) -> str:
-    "What the run would leave, in a sentence"
-    c, images = config, config.max_train_images
-    lines = images // c.log_every if c.log_every else 'few'
-    grids = images // c.sample_every + 1 if c.sample_every else 0
-    scores = ', scores.json' if c.teacher == 'embedded' and c.n_eval else ''
-    return (
-        f'config.json, prompts.json, log.jsonl ({lines} lines), curves.png, samples/ ({grids:,} sheets), '
-        f'checkpoints/ (the last {c.checkpoints_total_limit}), '
-        f'generator/ (a diffusers pipeline with its model card){scores}'
-    )
-
-
-def dry_run(config: Config, world: int = 1):
-    "Print what a run with these settings would do; raises `InputError` as the run would"
-    import torch
-    from sid_lsg_nb.core import EMBEDDED
-
-    c = resolve(config, world)
-    print('\n'.join(f'{k}: {json.dumps(v)}' for k, v in asdict(c).items()))
-    size = f'{c.micro_batch} at once x {c.gradient_accumulation_steps} rounds x {world} process(es)'
-    iterations = math.ceil(c.max_train_images / c.total_batch_size)
-    print(
-        f'\none iteration: {c.total_batch_size} images = {size}, '
-        f'for the fake{f", {c.fake_updates} times," * (c.fake_updates > 1)} and again for the generator; '
-        f'{iterations:,} iterations'
-    )
-    print_memory(c)
-    if world == 1 and c.device != 'cpu' and torch.cuda.is_available():
-        rows = json.loads((EMBEDDED / 'speeds.json').read_text())
-        if told := estimate_time(c, torch.cuda.get_device_name(), rows):
-            print(told)
-    where = c.resume or c.out or f'runs/{c.preset}-N'
-    print(f'\nwould write {where}/: {files_of(c)}')
+    lr = settings.lr if role == 'generator' else settings.lr_fake
+    return lr * lr_factor(settings.lr_scheduler, nimg, settings.lr_warmup, settings.max_train_images)
