@@ -12,7 +12,7 @@
 `teacher`, `distil` and `score` are the steps of `all`; `curves` needs a teacher. Each goes on where it was stopped, with the same command. Not a test.
 The Inception Score needs Inception's output layer: it is in the file that clean-fid fetches, and not in the one that `data` fetches.
 What differs from the papers: the teacher sees horizontal flips and no other augmentation (EDM: a pipe of many, with labels), and the students are asked
-without dropout. SIM's c, its time law of the generator and its learning rate were not found published: c is ours (0.03 sqrt(n)), the rest is SiD's.
+without dropout. SIM's c, the generator's distribution of t and its learning rate were not found published: c is ours (0.03 sqrt(n)), the rest is SiD's.
 """
 
 import io, json, os, re, shutil, subprocess, sys, tarfile, tempfile, time, zipfile
@@ -320,24 +320,24 @@ def get_data(o: Options):
 def batch_of(
     pictures: torch.Tensor,  # [N,32,32,3] uint8
     index,  # B numbers
-    dice: torch.Generator,
+    generator: torch.Generator,
 ) -> torch.Tensor:  # [B,3,32,32] in [-1,1]
     "Some pictures, each mirrored with probability 1/2"
     x = pictures[index].permute(0, 3, 1, 2).float() / 127.5 - 1
     return torch.where(
-        expand_like(torch.rand(len(x), generator=dice, device=x.device) < 0.5, x), x.flip(3), x
+        expand_like(torch.rand(len(x), generator=generator, device=x.device) < 0.5, x), x.flip(3), x
     )
 
 def edm_loss(
     net,  # called as D(x, sigma, class_labels)
     x: torch.Tensor,  # clean pictures [B,C,H,W]
     labels: torch.Tensor | None,  # one-hot [B,classes]
-    dice: torch.Generator,
+    generator: torch.Generator,
     autocast: torch.dtype | None = None,
     p_drop: float = 0.0,  # how often a picture's class is not told
 ) -> torch.Tensor:  # [B], summed over the numbers of a picture
     "EDM's loss: ln sigma from N(-1.2, 1.2^2), weight 1/c_out^2 (2206.00364, table 1)"
-    where = dict(generator=dice, device=x.device, dtype=x.dtype)
+    where = dict(generator=generator, device=x.device, dtype=x.dtype)
     sigma, noise = (1.2 * torch.randn(len(x), **where) - 1.2).exp(), torch.randn(x.shape, **where)
     if labels is not None and p_drop:
         labels = labels * (torch.rand(len(x), 1, **where) >= p_drop)
@@ -393,13 +393,13 @@ class Teaching:
     def step(self) -> torch.Tensor:  # the loss per number, a 0-d tensor
         "One Adam step"
         torch.manual_seed(here := self.o.seed * 10**12 + self.nimg)
-        dice = rng(here, self.device)  # the first is dropout's
+        generator = rng(here, self.device)  # the first is dropout's
         self.stream.position = self.nimg
         index = torch.tensor(self.stream.take(self.batch), device=self.device)
         for group in self.learner.optimizer.param_groups:
             group['lr'] = self.o.lr_teacher * min((self.nimg + self.batch) / SIZES[self.o.size].warmup, 1)
-        x, labels = batch_of(self.pictures, index, dice), None if self.labels is None else self.labels[index]
-        losses = edm_loss(self.net, x, labels, dice, self.o.autocast, self.o.label_dropout)
+        x, labels = batch_of(self.pictures, index, generator), None if self.labels is None else self.labels[index]
+        losses = edm_loss(self.net, x, labels, generator, self.o.autocast, self.o.label_dropout)
         self.learner.objective(losses, self.batch).backward()
         self.learner.step()
         self.ema.update(self.net, self.nimg, self.batch)

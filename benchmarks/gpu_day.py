@@ -219,9 +219,9 @@ def waits(r: Report):
 
     for name, settings in dict(
         fp32={}, fp16=dict(mixed_precision='fp16', sequential_gradient=True),
-        bf16=dict(mixed_precision='bf16', gradient_checkpointing=True), law=dict(timestep_sampling='edm')).items():
-        if r.o.tiny and name in ('fp16', 'law'):
-            continue  # slow on CPUs; a law looks at numbers of the CPU's own
+        bf16=dict(mixed_precision='bf16', gradient_checkpointing=True), timesteps=dict(timestep_sampling='edm')).items():
+        if r.o.tiny and name in ('fp16', 'timesteps'):
+            continue  # slow on CPUs; drawing t by a distribution's name looks at numbers of the CPU's own
         with r.attempt(f'waits_{name}'):
             job = setup(bundled(r.o, **settings))
             it = iterate(job)
@@ -462,14 +462,14 @@ def fast(r: Report):
                 r.add(rows=rows)
         longest = max(longest, time.monotonic() - begun) if 'compile' not in name else longest
     shutil.rmtree(home)
-    r.add(goals=judged(rows, theirs))
+    r.add(goals=compare_with_goals(rows, theirs))
 
 def bench_of(settings: dict):
     from sid_lsg_nb.commands.bench import Bench
 
     return Bench(**settings)
 
-def judged(rows: dict, theirs: dict) -> dict:
+def compare_with_goals(rows: dict, theirs: dict) -> dict:
     "What was wanted, and whether it was reached; only of what was measured"
     speed = {k: v['img_per_s'] for k, v in rows.items() if 'img_per_s' in v}
     out = {}
@@ -647,9 +647,9 @@ def pretend(folder: Path):
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     data = {
-        f'{k}_x': torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=dice)
+        f'{k}_x': torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator)
         for k, n in (('train', 50_000), ('test', 10_000))
     }
     save_file(

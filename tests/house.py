@@ -1,4 +1,4 @@
-"""The rules of the house. Each check takes the root of a tree and returns its complaints, one line each; none runs
+"""The rules of this repository. Each check takes the root of a tree and returns its complaints, one line each; none runs
 or imports what it reads.
 
 `test_house.py` holds this repository to them and shows that each can fail."""
@@ -211,7 +211,7 @@ def misplaced(root, nb):
     ]
 
 def places(root):
-    "Each notebook on its floor, each number once in its folder, each base name once in the house"
+    "Each notebook on its floor, each number once in its folder, each base name once in the library"
     nbs, mods = notebooks(root), [p for p in modules(root) if p.stem != '__init__']
     numbers = Counter((folder_of(root, p), number(p)) for p in nbs if number(p) is not None)
     used = [
@@ -455,7 +455,7 @@ def unstated(root):
 # ---- files
 
 def texts(root):
-    "Text files of the house"
+    "Text files of the repository"
     skip = set('.git _proc _docs runs build dist shared venv .venv .ci-venv __pycache__'.split())
     tops = [p for p in root.iterdir() if p.name not in skip and p.suffix != '.egg-info']
     files = (f for p in tops for f in ([p] if p.is_file() else p.rglob('*')))

@@ -28,7 +28,7 @@ def nbdev(command, cwd):
     return run('-c', f'{modules}; {command}.__wrapped__()', cwd=cwd)
 
 def copy_tree(dest):
-    "A copy of the house in which tests may write"
+    "A copy of the repository in which tests may write"
     skip = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'nbdev.yml')
     for name in PARTS + EXTRA:
         src = ROOT/name
@@ -83,7 +83,7 @@ def small(tmp_path):
     (tmp_path/'settings.ini').write_text('[DEFAULT]\nrequirements = fastcore>=1.14\n')
     return tmp_path
 
-# ---- the house keeps its rules
+# ---- this repository keeps the rules
 
 RULES = [house.odd_notebooks, house.places, house.ladder, house.gone, house.strays, house.long_functions,
          house.whole_settings, house.unsafe_loads, house.unstated, house.machine_paths, house.density]

@@ -1,6 +1,6 @@
 """Prompts that are counted as longer than the text encoder reads are those whose last word it never sees.
 
-The oracle is the encoder itself: change the last word; if the conditioning does not change, it was cut off."""
+The reference is the encoder itself: change the last word; if the conditioning does not change, it was cut off."""
 
 import pytest
 from sid_lsg_nb.core import max_abs

@@ -194,9 +194,9 @@ def play(how, precision):
     weight, said = learner.net.net.conv_out.weight, []
 
     for bad in (None, 0, 1, None):  # the rank that overflows in this step
-        start, dice, hook = flat(), torch.Generator().manual_seed(7 + processes.rank), None
-        x = torch.randn(2, 4, 8, 8, generator=dice)
-        cond = dict(encoder_hidden_states=torch.randn(2, 5, 16, generator=dice))
+        start, rng, hook = flat(), torch.Generator().manual_seed(7 + processes.rank), None
+        x = torch.randn(2, 4, 8, 8, generator=rng)
+        cond = dict(encoder_hidden_states=torch.randn(2, 5, 16, generator=rng))
 
         # copies: infinite before the gradients are exchanged
         if not sliced and bad == processes.rank: hook = weight.register_hook(lambda g: g + torch.inf)

@@ -83,12 +83,12 @@ def files():
 
 @pytest.mark.parametrize('name, data', list(files()), ids=lambda v: v if isinstance(v, str) else '')
 def test_damage_is_an_input_error_and_imports_nothing(name, data, tmp_path):
-    file, dice, ends, before = tmp_path / 'net.pt', random.Random(1), [], set(sys.modules)
+    file, rng, ends, before = tmp_path / 'net.pt', random.Random(1), [], set(sys.modules)
     for _ in range(300):
         bad = bytearray(data)
-        for _ in range(dice.choice((1, 1, 2, 5))):
-            bad[dice.randrange(len(bad))] = dice.randrange(256)
-        file.write_bytes(bad[: dice.choice((len(bad), len(bad), dice.randrange(1, len(bad))))])
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            bad[rng.randrange(len(bad))] = rng.randrange(256)
+        file.write_bytes(bad[: rng.choice((len(bad), len(bad), rng.randrange(1, len(bad))))])
         try:
             reader.read_checkpoint(file)
             ends.append(0)

@@ -36,11 +36,11 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize('seed', [0, 1])
 def test_killed_and_resumed(whole, tmp_path, seed):
-    dice, run, first = random.Random(seed), tmp_path / 'run', ['--out', 'run']
+    rng, run, first = random.Random(seed), tmp_path / 'run', ['--out', 'run']
     for reached in (8, 32, 52):
         p = start(tmp_path, *(first if reached == 8 else ['--resume', 'run']))
         wait_for(run, reached, p)
-        time.sleep(dice.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.4))
         p.send_signal(signal.SIGKILL)
         p.communicate()
         assert not (run / 'generator').exists(), 'it ended before it was killed: make the run longer'

@@ -201,12 +201,12 @@ def test_the_generator_on_a_chain(how, k):
 
 def test_a_teacher_that_flows():
     "SiD-DiT's settings on exact points: 1-t, and the velocity's weight, written out"
-    laws = [([[1.0], [-1.0]], 0.3), ([[0.2]], 0.6)]
+    mixtures = [([[1.0], [-1.0]], 0.3), ([[0.2]], 0.6)]
     exact = [
         GaussianMixture(
             torch.ones(len(m)).double(), torch.tensor(m).double(), torch.full((len(m),), s).double()
         )
-        for m, s in laws
+        for m, s in mixtures
     ]
     maker = nn.Linear(1, 1).double()
 

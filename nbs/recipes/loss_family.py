@@ -80,7 +80,7 @@ def adam(params, grads, state, k, lr):  # lr: a number, or [R] one per run; k co
             step = g / ((v / (1 - 0.999**k)).sqrt() + 1e-8)
             params[name] -= step * (lr if isinstance(lr, float) else lr.view(-1, *[1] * (g.ndim - 1)))
 
-def dice(rngs, B):  # one generator per seed -> z, eps [S,B,2], a, s [S,B,1]
+def draw(rngs, B):  # one generator per seed -> z, eps [S,B,2], a, s [S,B,1]
     z, eps = (torch.stack([torch.randn(B, 2, generator=g) for g in rngs]) for _ in range(2))
     t = torch.stack([schedule.sample_time(B, generator=g) for g in rngs])
     return z, eps, schedule.alpha(t).float()[..., None], schedule.sigma(t).float()[..., None]
@@ -94,7 +94,7 @@ def starts(
         nets.append(Points())
     params, state, rngs = stack_module_state(nets)[0], {}, [rng(100 + seed) for seed in seeds]
     for k in range(1, steps + 1):
-        _, eps, a, s = dice(rngs, B)
+        _, eps, a, s = draw(rngs, B)
         x_t = a * torch.stack([world.sample(B, g)[0] for g in rngs]) + s * eps
         y = world.denoise(x_t.flatten(0, 1), a.flatten(0, 1), s.flatten(0, 1)).view_as(x_t)
         misfit = (((ask(params, x_t, a, s) - y) / s) ** 2).mean((1, 2))
@@ -123,7 +123,7 @@ def losses(recipes, x_g, x_t, a, s, fake):  # all [R,B,.]; runs in blocks, one b
 def train(
     recipes, lrs, seeds, iters, B=BATCH, halflife=50, look=100
 ):  # yields (iteration, averaged parameters [R, ...]), R = recipes x lrs x seeds
-    "Fake step, generator step, average; every run of one seed sees the same dice"
+    "Fake step, generator step, average; every run of one seed sees the same random numbers"
     runs = (len(recipes), len(lrs), len(seeds))
     R, lr = runs[0] * runs[1] * runs[2], torch.tensor(lrs).view(1, -1, 1).expand(runs).reshape(-1)
     spread = lambda v: v.expand(*runs[:2], *v.shape).flatten(0, 2)  # [S, ...] -> [R, ...]
@@ -134,7 +134,7 @@ def train(
     for k in range(iters + 1):
         if k % look == 0:
             yield k, fixed(avg)
-        z, eps, a, s = map(spread, dice(rngs, B))
+        z, eps, a, s = map(spread, draw(rngs, B))
         with torch.no_grad():
             x_g = make(gen, z)
         loss = (
@@ -145,7 +145,7 @@ def train(
             .mean(1)
         )
         adam(fake, torch.autograd.grad(loss.sum(), list(fake.values())), memory[0], k + 1, lr)
-        z, eps, a, s = map(spread, dice(rngs, B))
+        z, eps, a, s = map(spread, draw(rngs, B))
         x_g = make(gen, z)
         loss = losses(recipes, x_g, a * x_g + s * eps, a, s, fixed(fake)).mean(1)
         adam(gen, torch.autograd.grad(loss.sum(), list(gen.values())), memory[1], k + 1, lr)
@@ -156,7 +156,7 @@ def train(
             return
 
 def exact_quantiles(n, directions):  # [A,2] -> [A,n]
-    """Where the i-th of n points of the world should lie along each direction: the exact law of a projection is a
+    """Where the i-th of n points of the world should lie along each direction: the exact distribution of a projection is a
     mixture of normals"""
     x = torch.linspace(-4, 4, 8001, dtype=torch.float64)
     m, s = (directions @ world.means.T).double(), world.stds.double()

@@ -161,8 +161,8 @@ def zero_shot_note(known:int|None, n:int)->str:
     "Whether a score is zero-shot, in words"
     if known is None:
         return 'how many of the captions were trained on is not known here, nor whether the score is zero-shot'
-    verdict = 'the score is not zero-shot' if known else 'the score is zero-shot'
-    return f'{known:,} of the {n:,} captions were trained on: {verdict}'
+    meaning = 'the score is not zero-shot' if known else 'the score is zero-shot'
+    return f'{known:,} of the {n:,} captions were trained on: {meaning}'
 
 
 def check_evaluate(args:Evaluate, s:ImageSource)->Path: # --out; the working folder if it was left out

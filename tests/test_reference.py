@@ -1,6 +1,6 @@
 """The SiD-LSG losses a second time, the way the published code writes them, on tiny random U-Nets.
 
-Nothing of the package is used on the oracle's side: levels from the betas, guidance and loss in the network's own
+Nothing of the package is used on the reference's side: levels from the betas, guidance and loss in the network's own
 space (epsilon or v), x_0 = (x_t - sigma_t eps)/alpha_t, weight 1/clip(mean|x_g - y_real|, 1e-5), float64 throughout.
 Both sides must agree in every per-sample loss and in every parameter's gradient.
 """
@@ -26,7 +26,7 @@ KAPPAS = [
     (1.3, 2.0, 0.7, 3.1),
 ]
 
-# --- the oracle
+# --- the reference
 def levels(t):
     return (v[t].reshape(-1, 1, 1, 1) for v in (ABAR.sqrt(), (1 - ABAR).sqrt()))
 
@@ -231,7 +231,7 @@ def test_unweighted(world, kind):
         world.generator,
     )
 
-def test_gradient_stays_out_of_the_judges(world):
+def test_no_gradient_reaches_teacher_and_fake(world):
     for n in (world.teacher, world.fake):
         n.requires_grad_(False)
     our_generator(method(KAPPAS[-1]), world, 'epsilon').sum().backward()
@@ -244,7 +244,7 @@ def test_gradient_stays_out_of_the_judges(world):
             n.zero_grad(set_to_none=True)
 
 @pytest.mark.parametrize('swap', [(1, 2), (1, 3), (2, 3)])
-def test_the_oracle_can_tell_kappas_apart(world, swap):
+def test_the_reference_can_tell_kappas_apart(world, swap):
     kappas = list(KAPPAS[-1])
     i, j = swap
     kappas[i], kappas[j] = kappas[j], kappas[i]
