@@ -82,7 +82,7 @@ class SDXLDenoiser(UNetDenoiser):
     "y = E[x_0 | x_t, cond] from SDXL's `UNet2DConditionModel`"
 
     def predict(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C,H,W]
-        "Text by cross-attention; pooled text and frame beside the time"
+        "Text by cross-attention; pooled text and sizes beside the time"
         beside = {k: cond[k] for k in ('text_embeds', 'time_ids')}
         return self.net(x_t, t, cond['encoder_hidden_states'], added_cond_kwargs=beside, return_dict=False)[0]
 
