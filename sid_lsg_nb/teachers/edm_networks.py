@@ -380,7 +380,7 @@ def song_unet(config:dict)->EDMPrecond:
 
 # %% ../../nbs/2_teachers/12_edm_networks.ipynb #34312fac
 class UNet2DAdapter(nn.Module):
-    "A `UNet2DModel` behind the face that `EDMPrecond` asks"
+    "A `UNet2DModel`, called as `EDMPrecond` calls its model"
 
     def __init__(self, unet: UNet2DModel, noise_scale: float = 1.0):
         super().__init__()
