@@ -14,10 +14,10 @@ from sid_lsg_nb.export.formats import save_single_file, unet_key, vae_key
 from sid_lsg_nb.teachers import single_file as S
 from sid_lsg_nb.teachers.stable_diffusion import StableDiffusionTeacher, load_sd
 from sid_lsg_nb.teachers.loading import find_class, load_part_config
-from sid_lsg_nb.teachers.registry import single_file_models
+from sid_lsg_nb.teachers.registry import known_single_file_models
 from sid_lsg_nb.teachers.student import save_student
 
-KNOWN = single_file_models()
+KNOWN = known_single_file_models()
 
 @pytest.fixture(scope='module')
 def bundled(tmp_path_factory):

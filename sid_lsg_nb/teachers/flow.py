@@ -18,7 +18,7 @@ from ..method.schedule import FlowSchedule
 from .loading import require
 from .base import Denoiser, PipelineTeacher, check_no_prediction_type
 from ..method.rollout import few_steps, step_times
-from .student import Student, student_folder, write_vocab_files
+from .student import Student, student_folder, write_vocabulary_files
 
 # %% ../../nbs/2_teachers/08_flow.ipynb #d1c9ee5d
 class FlowDenoiser(Denoiser):
@@ -95,7 +95,7 @@ def write_legacy_tokenizers(
             continue
         if kind[1] in ('T5Tokenizer', 'GemmaTokenizer'): kind[1] += 'Fast'
         if kind[1] == 'CLIPTokenizer' and not words.with_name('vocab.json').exists():
-            write_vocab_files(words.parent)
+            write_vocabulary_files(words.parent)
     file.write_text(json.dumps(index, indent=2) + '\n')
 
 # %% ../../nbs/2_teachers/08_flow.ipynb #40a1575e

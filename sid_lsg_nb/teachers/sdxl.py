@@ -20,7 +20,7 @@ from .text_encoder import TextEncoder, token_counter
 from .loading import CLIP_TOKENIZERS, PLAIN_VAE, PLAIN_UNET, Layout, SingleFileModel, require
 from .base import Denoiser, PipelineTeacher
 from .student import ONE_STEP_EULER, Student, load_student, one_step_scheduler
-from .student import prefix_text_keys, write_vocab_files
+from .student import prefix_text_keys, write_vocabulary_files
 from .stable_diffusion import CLIP_L, CLIP_PAD, SD_SCHEDULER, SD_TAGS, SD_VAE, UNetDenoiser
 
 # %% ../../nbs/2_teachers/06_sdxl.ipynb #e8efb17b
@@ -222,7 +222,7 @@ class SDXLTeacher(PipelineTeacher):
             pipe.save_pretrained(tmp)
             prefix_text_keys(tmp/'text_encoder')
             for words in ('tokenizer', 'tokenizer_2'):
-                if not (tmp/words/'vocab.json').exists(): write_vocab_files(tmp/words)
+                if not (tmp/words/'vocab.json').exists(): write_vocabulary_files(tmp/words)
         return Path(folder)
 
 # %% ../../nbs/2_teachers/06_sdxl.ipynb #36265e70

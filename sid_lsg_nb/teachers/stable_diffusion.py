@@ -23,7 +23,7 @@ from .text_encoder import CLIPTextEncoder
 from .loading import CLIP_TOKENIZERS, PLAIN_UNET, PLAIN_VAE, Layout, SingleFileModel, require
 from .base import Denoiser, ModelShapes, PipelineTeacher, Teacher
 from .student import ONE_STEP_EULER, Student, load_student, one_step_scheduler
-from .student import prefix_text_keys, write_vocab_files
+from .student import prefix_text_keys, write_vocabulary_files
 
 # %% ../../nbs/2_teachers/05_stable_diffusion.ipynb #cc333e6c
 SD_LAYOUT = Layout(
@@ -185,7 +185,7 @@ class StableDiffusionTeacher(PipelineTeacher):
         with atomic_folder(folder) as tmp:
             pipe.save_pretrained(tmp)
             prefix_text_keys(tmp/'text_encoder')
-            if not (tmp/'tokenizer/vocab.json').exists(): write_vocab_files(tmp/'tokenizer')
+            if not (tmp/'tokenizer/vocab.json').exists(): write_vocabulary_files(tmp/'tokenizer')
         return Path(folder)
 
 # %% ../../nbs/2_teachers/05_stable_diffusion.ipynb #5d92cdf1
