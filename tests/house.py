@@ -1,5 +1,5 @@
-"""The rules of this repository. Each check takes the root of a tree and returns its complaints, one line each; none runs
-or imports what it reads.
+"""The rules of this repository. Each check takes the root of a tree and returns its complaints, one line each; none
+runs or imports what it reads.
 
 `test_house.py` holds this repository to them and shows that each can fail."""
 

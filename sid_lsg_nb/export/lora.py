@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_kohya
 from torch import Tensor, nn
 from ..core import InputError, atomic_folder, atomic_write
-from .formats import OUTER_LAYERS, write_safetensors
+from .formats import unet_key, write_safetensors
 from ..teachers.stable_diffusion import load_sd, load_sd_student
 
 # %% ../../nbs/5_export/02_lora.ipynb #439f5841
@@ -108,9 +108,11 @@ def lora_residuals(
     )
 
 # %% ../../nbs/5_export/02_lora.ipynb #1484d7a9
-ORIGINAL = {
-    k.replace('.', '_'): v.replace('.', '_') for k, v in OUTER_LAYERS.items() if k != 'conv_norm_out'
-}  # a norm has no LoRA
+_OUTER_LAYERS = 'time_embedding.linear_1', 'time_embedding.linear_2', 'conv_in', 'conv_out'
+ORIGINAL = {  # outside all blocks: diffusers' name, the original, both with underscores
+    layer.replace('.', '_'): unet_key(f'{layer}.weight', 0, []).removesuffix('.weight').replace('.', '_')
+    for layer in _OUTER_LAYERS
+}
 
 
 def kohya_names(
