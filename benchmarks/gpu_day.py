@@ -621,8 +621,8 @@ def whole(r: Report):
     with tempfile.TemporaryDirectory() as home, r.attempt('distill'):
         words = (
             [
-                '--max-train-images', 16, '--total-batch-size', 4, '--n-eval', 8, '--teacher-steps', 2,
-                '--sample-every', 16, '--log-every', 8]
+                '--max-train-images', 16, '--total-batch-size', 4, '--n-eval', 1, '--sample-every', 16,
+                '--log-every', 8]
             if r.o.tiny
             else []
         )

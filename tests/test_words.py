@@ -41,7 +41,7 @@ def test_the_bar_of_the_trainer_names_it(tmp_path, monkeypatch):
         log_every=4,
         sample_every=8,
         checkpoint_every=8,
-        n_eval=4,
+        n_eval=0,
         teacher_steps=2,
     )
     trainer.train(Config(out=str(tmp_path / 'run'), device='cpu', **sizes))

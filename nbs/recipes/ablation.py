@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from sid_lsg_nb.data.prompt_stream import PromptStream, read_prompts
 from sid_lsg_nb.core import InputError, atomic_write
 from sid_lsg_nb.core import EMBEDDED
-from sid_lsg_nb.metrics.tiny import TinyClip, load_world, tiny_score
+from sid_lsg_nb.metrics.tiny import TinyClip, captions_against_world, load_world, tiny_score
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.job import iterate, setup
 from sid_lsg_nb.training.drawing import many_step_draw, student_draw
@@ -74,13 +74,14 @@ def prepare(setting:Setting, seed:int, nimg:int, n:int, batch:int): # the traine
 def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:TinyClip)->dict: # training_seconds: wall, processor
     "Train and score; the first losses go along, so that a run can be recognised"
     tick, job, spent = time.time(), prepare(setting, seed, nimg, n, batch), np.zeros(2)
+    held = captions_against_world(PromptStream(read_prompts(EMBEDDED/'prompts.txt'), HELD).take(n))
     clocks = lambda: np.array([time.time(), time.process_time()])
     end = round(setting.part*nimg/batch)*batch; looks, first, gaps, scores = {end, end//2, end//4} if setting.part > 1 else {end}, [], [], []
     def look(images):
         for steps in setting.draws if images == end else (1,):
             draw = many_step_draw(job.teacher, setting.teacher, 25) if setting.teacher else student_draw(job.teacher, job.ema.net, job.t_init, steps)
             fresh = lambda prompts, seeds: draw(prompts, [s + 100_000*seed for s in seeds])                  # pictures from other noise for every seed
-            s = asdict(tiny_score('', fresh, scorer, n=n, seed=HELD)); scores.append(dict(images=images, steps=25 if setting.teacher else steps) | {k: round(s[k], 5) for k in ('tiny_fd', 'tiny_clip', 'concept', 'style', 'color')})
+            s = asdict(tiny_score('', fresh, scorer, held, passes=1, seed=HELD)); scores.append(dict(images=images, steps=25 if setting.teacher else steps) | {k: round(s[k], 5) for k in ('tiny_fd', 'tiny_clip', 'concept', 'style', 'color')})
     if not end: look(0)
     before = clocks()
     for s in iterate(job) if end else ():

@@ -28,7 +28,7 @@ from .options import Compare
 from .sources import ImageSource, check_sampling, make_sampler, open_source, require_writable, run_summary
 
 # %% ../../nbs/7_commands/06_compare.ipynb #297641db
-FINAL_SCORES = ('tiny_fd', 'tiny_clip', 'concept', 'style', 'color')
+FINAL_SCORES = ('tiny_fd', 'tiny_fd_se', 'tiny_kid', 'tiny_kid_se', 'tiny_clip', 'concept', 'style', 'color')
 
 
 def read_final_scores(s:ImageSource)->list[dict]: # name, how, values
@@ -37,7 +37,7 @@ def read_final_scores(s:ImageSource)->list[dict]: # name, how, values
     if not file.is_file(): return []
     try:
         rows = json.loads(file.read_text(encoding='utf-8'))
-        values = lambda row: {k: float(row[k]) for k in FINAL_SCORES}
+        values = lambda row: {k: float(row[k]) for k in FINAL_SCORES if k == 'tiny_fd' or row.get(k) is not None}
         return [dict(name=str(r['name']), how='tiny: ' + describe_protocol(r), values=values(r)) for r in rows]
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
         raise InputError(f'{str(file)!r} is no closing table ({type(e).__name__}); '

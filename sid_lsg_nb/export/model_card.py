@@ -85,6 +85,12 @@ def describe_protocol(row: dict) -> str:
     if how:
         return str(how)
     made = f'{row.get("n", "unknown number of")} pictures, seed {row.get("seed", "unknown")}'
+    if 'passes' in row:
+        return (
+            f'{made}: {row["passes"]} pass{"es"*(row["passes"] > 1)} over the {row["captions"]} captions of the bundled '
+            f'world, against real pictures of the same captions. tiny-FD, tiny-KID, tiny-CLIP and accuracies of the '
+            f'bundled scorer; `_se` is the standard error with the captions fixed. They mean nothing outside that world.'
+        )
     if 'tiny_fd' in row:
         return (
             f'{made}, one per bundled prompt; tiny-FD, tiny-CLIP and accuracies of the bundled scorer, against '
@@ -101,9 +107,8 @@ def score_section(scores: list[dict]) -> str:  # rows of scores.json, or saved r
         [(r.get('name', '?'), describe_protocol(r)) for r in scores],
         [dict(name=r.get('name', '?')) | r.get('values', r) for r in scores],
     )
-    keys = list(
-        dict.fromkeys(k for r in rows for k in r if k not in ('protocol', 'n', 'seed', 'date', 'versions'))
-    )
+    protocol = ('protocol', 'n', 'seed', 'date', 'versions', 'passes', 'captions')
+    keys = list(dict.fromkeys(k for r in rows for k, v in r.items() if k not in protocol and v not in (None, '')))
     said = how[0][1] if len({h for _, h in how}) == 1 else '\n'.join(f'\n- **{k}**: {v}' for k, v in how)
     return markdown_table(rows, keys) + '\n\nProtocol: ' + said
 

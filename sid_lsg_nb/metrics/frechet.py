@@ -84,19 +84,16 @@ def kernel_distance(
 
 # %% ../../nbs/4_metrics/01_frechet.ipynb #passes06
 def kernel_influence(
-    passes:Tensor, # [K,m,D] features, K >= 2
+    passes:Tensor, # [K,m,D] features
     reference_mean:Tensor, # [M]
 )->Tensor: # [K,m]
     "How much each picture moves the kernel distance"
-    e, width = torch.stack([kernel_embedding(p) for p in passes]), passes.shape[2] + 1
-    others, ((i, j, k), times) = (e.sum(0) - e)/(len(e) - 1), _cubic_terms(width)
-    rows = []
-    for features, direction in zip(passes, 2*(others - reference_mean.double())):
-        w, x = torch.zeros(width, width, width, dtype=torch.float64), _with_one(features)
-        w[i, j, k] = direction*times
-        rows.append(torch.cat([((p@w.flatten(1)).view(-1, width, width)*p[:, :, None]).sum(1).mul(p).sum(1)
-                               for p in x.split(256)]))
-    return torch.stack(rows)
+    x, width = _with_one(passes.flatten(0, 1)), passes.shape[2] + 1
+    (i, j, k), times = _cubic_terms(width)
+    w = torch.zeros(width, width, width, dtype=torch.float64)
+    w[i, j, k] = 2*(kernel_embedding(passes.flatten(0, 1)) - reference_mean.double())*times
+    cubic = lambda p: ((p@w.flatten(1)).view(-1, width, width)*p[:, :, None]).sum(1).mul(p).sum(1)
+    return torch.cat([cubic(part) for part in x.split(256)]).view(passes.shape[:2])
 
 def frechet_influence(
     passes:Tensor, # [K,m,D] features

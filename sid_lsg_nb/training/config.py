@@ -15,12 +15,13 @@ if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
-__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'Config', 'grouped_settings',
-           'guidance_scales', 'split_method', 'read_method', 'with_method_sha', 'require_same_method',
-           'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check', 'require_known_method',
-           'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations', 'check_files',
-           'check_gan_times', 'resolve', 'recipe_of', 'run_title', 'TeacherSettings', 'DataSettings', 'NetworkSettings',
-           'OptimizerSettings', 'LogSettings', 'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
+__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'MOST_PASSES', 'Config',
+           'grouped_settings', 'guidance_scales', 'split_method', 'read_method', 'with_method_sha',
+           'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check',
+           'require_known_method', 'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations',
+           'check_scores', 'check_files', 'check_gan_times', 'resolve', 'recipe_of', 'run_title', 'TeacherSettings',
+           'DataSettings', 'NetworkSettings', 'OptimizerSettings', 'LogSettings', 'EvaluationSettings', 'RunSettings',
+           'settings_of', 'lr_of']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -145,15 +146,17 @@ class Config:
     divergence_factor: float = 10.0
     divergence_patience: int = 200 # stop after so many bad iterations in a row (skipped, or under alarm)
     report_to: Literal['none', 'tensorboard', 'wandb'] = 'none' # besides log.jsonl, which is always written
-    # images between scores of n_eval pictures during the run; 0: none until the end
+    # images between scores during the run; 0: none until the end
     eval_every: int = 0
     eval_reference: str = ''       # folder of real pictures to score against; the bundled teacher needs none
+    eval_images: int = 1_000       # pictures per score against that folder
     # TorchScript file of the feature network for that, or "bundled"; default: clean-fid's Inception, fetched
     # once
     inception: str = ''
     # print the resolved settings, a memory estimate and what would be written, and do nothing
     dry_run: bool = False
-    n_eval: int = 1_000            # pictures per row of the closing table; 0: no table
+    # bundled teacher: passes over its 2,304 captions, for each score and row of the closing table; 0: no table
+    n_eval: int = 4
     teacher_steps: int = 25        # the teacher's sampler steps, in sheets and table
     # the teacher's guidance there; the best tiny-FD of the bundled one among 1, 1.25, 1.5, 2 and 3
     teacher_kappa: float = 1.5
@@ -277,8 +280,6 @@ def check(config: Config) -> Config:
             v = getattr(config, k)
             if v is not None and not ok(v):
                 raise InputError(f'{k} {v} must {rule}')
-    if config.n_eval == 1:
-        raise InputError('n_eval 1: a Fréchet distance needs at least two pictures; give 0 for no table')
     if config.lr_warmup >= config.max_train_images and config.lr_warmup:
         raise InputError(f'lr_warmup {config.lr_warmup} takes the whole run of {config.max_train_images} images')
     check_combinations(config)
@@ -354,23 +355,41 @@ def check_combinations(config: Config):
             'lora of the generator', 'offload ema', c.lora in ('generator', 'both') and ema,
             'leave it away: the average of a LoRA is small'),
         ('use-8bit-adam', 'fsdp', c.use_8bit_adam and c.fsdp, either),
-        ('offload ema', 'fsdp', ema and c.fsdp, either),
-        ('eval-every', 'n-eval 0', c.eval_every and c.n_eval == 0, 'say how many pictures, --n-eval 1000')]
+        ('offload ema', 'fsdp', ema and c.fsdp, either)]
     for a, b, both, cure in apart:
         if both:
             raise InputError(f'{a} and {b} do not go together; {cure}')
+    check_scores(config)
     check_files(config)
     check_gan_times(config)
     if c.report_to != 'none' and importlib.util.find_spec(c.report_to) is None:
         raise InputError(f'--report-to {c.report_to} needs the package; pip install {c.report_to}')
 
 
+MOST_PASSES = 100
+
+
+def check_scores(config: Config):
+    "Raise `InputError` for scores that cannot be taken, and for numbers that nothing would read"
+    c, bundled, folder = config, config.teacher == 'embedded', bool(config.eval_reference)
+    for wrong, why in (
+        (c.n_eval > MOST_PASSES,
+         f'n_eval {c.n_eval}: it counts passes over the 2,304 bundled captions; give 1 to {MOST_PASSES}, 0 for no table'),
+        (c.n_eval not in (0, Config.n_eval) and not bundled,
+         '--n-eval counts passes over the captions of the bundled teacher; leave it away for another one, '
+         'and count pictures against --eval-reference with --eval-images'),
+        (c.eval_images < 2, f'eval_images {c.eval_images}: a Fréchet distance needs at least two pictures'),
+        (c.eval_images != Config.eval_images and not folder,
+         '--eval-images counts pictures against --eval-reference FOLDER; give both, or neither'),
+        (c.eval_every and not bundled and not folder,
+         '--eval-every needs something to score against: --eval-reference FOLDER of real pictures'),
+        (c.eval_every and not folder and not c.n_eval,
+         '--eval-every and n-eval 0 do not go together; say how many passes over the captions, --n-eval 1')):
+        if wrong: raise InputError(why)
+
+
 def check_files(config: Config):
     "Raise `InputError` for folders and files that are missing"
-    if config.eval_every and config.teacher != 'embedded' and not config.eval_reference:
-        raise InputError(
-            '--eval-every needs something to score against: --eval-reference FOLDER of real pictures'
-        )
     cures = dict(
         eval_reference='give a folder of pictures', real_images='give a folder of pictures',
         inception='leave it away to have it fetched')
@@ -521,6 +540,7 @@ class EvaluationSettings:
 
     n_eval: int
     eval_reference: str
+    eval_images: int
     inception: str
     student_steps: int
     teacher_steps: int
