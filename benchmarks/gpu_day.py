@@ -10,7 +10,7 @@ Each part is a process of its own and keeps PART.json whole after every finding;
 A bare machine needs the package's requirements. Those that an image with PyTorch, transformers, accelerate and peft usually lacks are the `WHEELS`.
 """
 
-import argparse, contextlib, gc, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, time, traceback
+import argparse, contextlib, gc, itertools, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, time, traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -536,27 +536,24 @@ def ranks(o):
     if os.environ['WORLD_SIZE'] == '1':  # one process starts no group by itself
         dist.init_process_group('gloo' if o.device == 'cpu' or not torch.cuda.is_available() else 'nccl')
     processes, out = Distributed(o.device), {}
-    for how in ('copies', 'slices'):
-
-        def job():
-            return setup(
-                bundled(
-                    o, total_batch_size=2 * processes.world, micro_batch=None, fsdp=how == 'slices',
-                    device=str(processes.device)),
-                processes)
-
-        a, b = job(), job()
-        for l in [*a.nets.learners.values(), *b.nets.learners.values()] if how == 'copies' and processes.world == 1 else ():
+    for how, precision in itertools.product(('copies', 'slices'), ('no', 'fp16')):
+        config = bundled(
+            o, total_batch_size=2 * processes.world, micro_batch=None, fsdp=how == 'slices',
+            mixed_precision=precision, device=str(processes.device))
+        a, b = setup(config, processes), setup(config, processes)
+        alone = how == 'copies' and processes.world == 1
+        for l in [*a.nets.learners.values(), *b.nets.learners.values()] if alone else ():
             l.train = l.net.with_net(
-                DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False)
-            )
+                DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False))
         it = iterate(a)
         a.nimg = next(it).nimg
-        save(a, Path(o.out) / how)
-        restore(b, load_latest(Path(o.out) / how / 'checkpoints')[1])
+        folder = Path(o.out) / f'{how}-{precision}'
+        save(a, folder)
+        restore(b, load_latest(folder / 'checkpoints')[1])
         one, two = next(it), next(iterate(b))
         pair = [float(s.logs['fisher']) for s in (one, two)]
-        out[how] = dict(fisher=pair, ok=abs(pair[0] / pair[1] - 1) < 1e-3)
+        name = how if precision == 'no' else f'{how}, {precision}'
+        out[name] = dict(fisher=pair, ok=abs(pair[0] / pair[1] - 1) < 1e-3)
     if processes.is_main:
         facts = dict(
             backend=dist.get_backend(), world=processes.world, device=str(processes.device), torch=torch.__version__)

@@ -122,19 +122,37 @@ def test_a_flow_with_several_steps(home, chain, how):
         and apart(new, old) > 1e-4
     )
 
-@pytest.mark.parametrize('how', ['copies', 'slices'])
+FP16 = dict(copies=[], slices=['--fsdp'], lora=['--lora', 'both', '--lora-rank', '4', '--lr', '1e-3', '--lr-fake', '1e-3'])
+
+@pytest.mark.parametrize('how', FP16)
 def test_fp16_on_two_processes(home, how):
-    "The loss scalers of two processes and of one settle alike; norms agree to fp16's rounding"
-    flags = ['--mixed-precision', 'fp16', '--max-train-images', '16', '--n-eval', '0']
-    if not (home / 'half').exists():
-        run(home, 1, '--out', 'half', *flags)
-    run(home, 2, '--out', f'half-{how}', *flags, *(['--fsdp'] if how == 'slices' else []))
-    a, b = lines(home / 'half'), lines(home / f'half-{how}')
+    "The loss scalers of two processes and of one settle alike; norms agree to fp16's rounding; a break changes nothing"
+    flags = ['--mixed-precision', 'fp16', '--n-eval', '0', *FP16[how]]
+    alone = 'half-lora' if how == 'lora' else 'half'
+    if not (home / alone).exists():
+        run(home, 1, '--out', alone, '--max-train-images', '16', *flags, *(['--no-fsdp'] if how == 'slices' else []))
+    run(home, 2, '--out', f'two-{how}', '--max-train-images', '24', *flags)
+    a, b = lines(home / alone), lines(home / f'two-{how}')[:2]
     assert [r['nimg'] for r in b] == [8, 16]
     for k in ('skipped', 'skipped_fake', 'scale_fake', 'scale_generator'):
         assert [r[k] for r in a] == [r[k] for r in b], k
     for k in ('norm', 'norm_fake'):
         assert [r[k] for r in a] == pytest.approx([r[k] for r in b], rel=0.03), k
+    broken_off(home / f'two-{how}', home / f'again-{how}', 24)
+    run(home, 2, '--resume', f'again-{how}', '--max-train-images', '24', *flags)
+    new, old = generator(home / f'again-{how}'), generator(home / f'two-{how}')
+    assert all(torch.equal(new[k], v) for k, v in old.items())
+    last = [lines(home / f'{run}-{how}')[-1] for run in ('two', 'again')]
+    assert last[0]['nimg'] == 24 and last[0]['scale_generator'] == last[1]['scale_generator']
+
+def broken_off(run, copy, nimg):
+    "A copy of a run that died before its checkpoint at so many images"
+    shutil.copytree(run, copy)
+    newest = checkpoints(copy / 'checkpoints')[0]
+    assert int(newest.name) == nimg
+    shutil.rmtree(newest)
+    shutil.rmtree(copy / 'generator')
+    (copy / 'closing.json').unlink()
 
 def test_slices_resume_exactly(home, halfway):
     run(home, 2, '--out', 'long', '--max-train-images', '32', '--fsdp')
