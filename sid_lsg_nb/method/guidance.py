@@ -89,4 +89,4 @@ class Kappa:
     @property
     def needs_prompt_dropout(self)->bool:
         "Does the fake need an empty branch trained beside its prompted one?"
-        return (self.kappa1 != 1 or self.kappa2 != 1) and not self.unconditional_fake
+        return {self.kappa1, self.kappa2, self.kappa3} != {1} and not self.unconditional_fake
