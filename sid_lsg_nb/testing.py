@@ -318,7 +318,7 @@ def refusal(f, *args, **kwargs)->str: # temporary folders in it are shortened to
     try: f(*args, **kwargs)
     except InputError as e: said = str(e)
     else: raise AssertionError('no InputError was raised')
-    assert '\n' not in said and len(said) < 500, said
+    assert '\n' not in said and len(said) < 400, said
     return re.sub(rf'{re.escape(tempfile.gettempdir())}/[^/\s\'"]+', '...', said)
 
 def refuses(f, path, *parts, **kwargs):
