@@ -13,7 +13,8 @@ from datetime import date
 from pathlib import Path
 import torch
 from sid_lsg_nb.teachers.stable_diffusion import load_sd
-from sid_lsg_nb.metrics.tiny import TinyClip, tiny_score
+from sid_lsg_nb.metrics.stored_rows import by_teacher, row_or_draw
+from sid_lsg_nb.metrics.tiny import TinyClip, load_captions
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.drawing import many_step_draw
 
@@ -38,20 +39,12 @@ def machine() -> str:
     return f'{where}, torch {torch.__version__.split("+")[0]}'
 
 def teacher_scores(scales=(1.0, 1.25, 1.5, 2.0, 3.0)) -> list[dict]:
-    "The teacher's row at several guidance scales"
-    teacher, scorer, c = load_sd(), TinyClip(), Config()
-    return [
-        asdict(
-            tiny_score(
-                f'teacher, {c.teacher_steps} steps, CFG {k:g}',
-                many_step_draw(teacher, k, c.teacher_steps),
-                scorer,
-                n=c.n_eval,
-                seed=c.seed,
-            )
-        )
-        for k in scales
-    ]
+    "The teacher's row at several guidance scales, one pass over the captions each"
+    teacher, scorer, captions, steps = load_sd(), TinyClip(), load_captions(), Config().teacher_steps
+    row = lambda k: row_or_draw(
+        f'teacher, {steps} steps, CFG {k:g}', by_teacher(steps, k), many_step_draw(teacher, k, steps), scorer,
+        captions, passes=1)
+    return [asdict(row(k).score) for k in scales]
 
 def main(options: list[str]):
     "Run, then copy"
