@@ -138,7 +138,8 @@ CURVES = dict(fisher=f'{DISAGREEMENT}, fisher', tiny_fd='tiny-FD on the way', fi
 def shared_settings(s:ImageSource, key:str)->tuple:
     "What must agree for two curves to share a frame"
     c = s.config or Config()
-    return (c.teacher,) if key == 'fisher' else (c.n_eval, c.seed, c.eval_reference, c.inception)
+    return (c.teacher,) if key == 'fisher' else (
+        c.n_eval, c.seed, c.eval_reference, c.eval_images, c.inception)
 
 
 def draw_curves(sources:list[ImageSource])->list[str]:
