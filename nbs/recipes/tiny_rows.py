@@ -18,7 +18,7 @@ from embedded_run import machine
 from safetensors.torch import load_file, save
 from tqdm.auto import tqdm
 from sid_lsg_nb.core import EMBEDDED, atomic_write
-from sid_lsg_nb.metrics.frechet import kernel_embedding, mean_between_passes
+from sid_lsg_nb.metrics.frechet import kernel_embedding, own_kernel_mean
 from sid_lsg_nb.metrics.stored_rows import REAL, by_one_step, by_teacher, row_hashes
 from sid_lsg_nb.metrics.tiny import CAPTIONS, TinyClip, draw_passes, load_captions, score_passes
 from sid_lsg_nb.teachers.stable_diffusion import load_sd
@@ -67,7 +67,7 @@ def write_reference(work: Path, out: Path, world, scorer, captions: str):
     make = lambda p: lambda: real_pass(world, scorer, captions, REFERENCE_SEED + p)
     f = torch.stack([kept(work / f'reference-{captions}-{p:02}.safetensors', make(p)) for p in range(n)]).double()
     e, flat = torch.stack([kernel_embedding(p) for p in f]), f.flatten(0, 1)
-    own = torch.tensor(mean_between_passes(e), dtype=torch.float64)
+    own = torch.tensor(own_kernel_mean(e), dtype=torch.float64)
     stats = dict(mu=flat.mean(0), sigma=flat.T.cov().contiguous(), kernel_mean=e.mean(0).float(), kernel_own=own)
     atomic_write(out / f'real-{captions}.safetensors', save(stats))
 

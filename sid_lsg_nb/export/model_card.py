@@ -87,9 +87,10 @@ def describe_protocol(row: dict) -> str:
     made = f'{row.get("n", "unknown number of")} pictures, seed {row.get("seed", "unknown")}'
     if 'passes' in row:
         return (
-            f'{made}: {row["passes"]} pass{"es"*(row["passes"] > 1)} over the {row["captions"]} captions of the bundled '
-            f'world, against real pictures of the same captions. tiny-FD, tiny-KID, tiny-CLIP and accuracies of the '
-            f'bundled scorer; `_se` is the standard error with the captions fixed. They mean nothing outside that world.'
+            f'{made}: {row["passes"]} pass{"es"*(row["passes"] > 1)} over the {row["captions"]} captions of the '
+            f'bundled world, against real pictures of the same captions. tiny-FD, tiny-KID, tiny-CLIP and accuracies '
+            f'of the bundled scorer; `_se` is the standard error with the captions fixed. They mean nothing outside '
+            f'that world.'
         )
     if 'tiny_fd' in row:
         return (

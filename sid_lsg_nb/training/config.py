@@ -374,7 +374,7 @@ def check_scores(config: Config):
     c, bundled, folder = config, config.teacher == 'embedded', bool(config.eval_reference)
     for wrong, why in (
         (c.n_eval > MOST_PASSES,
-         f'n_eval {c.n_eval}: it counts passes over the 2,304 bundled captions; give 1 to {MOST_PASSES}, 0 for no table'),
+         f'n_eval {c.n_eval} counts passes over the 2,304 bundled captions; give 1 to {MOST_PASSES}, or 0: no table'),
         (c.n_eval not in (0, Config.n_eval) and not bundled,
          '--n-eval counts passes over the captions of the bundled teacher; leave it away for another one, '
          'and count pictures against --eval-reference with --eval-images'),
