@@ -524,10 +524,17 @@ def small(r: Report):
 
 # ---- 5. many
 
+def as_copies(job):
+    "Networks in DDP, which one process alone does without"
+    from torch.nn.parallel import DistributedDataParallel
+
+    for l in job.nets.learners.values():
+        l.train = l.net.with_net(
+            DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False))
+
 def ranks(o):
     "One process of `many`: copies and slices, a checkpoint written by one job and read by another"
     import torch, torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
     from sid_lsg_nb.training.checkpoint import load_latest
     from sid_lsg_nb.training.distributed import Distributed
     from sid_lsg_nb.training.job import iterate, setup
@@ -541,10 +548,7 @@ def ranks(o):
             o, total_batch_size=2 * processes.world, micro_batch=None, fsdp=how == 'slices',
             mixed_precision=precision, device=str(processes.device))
         a, b = setup(config, processes), setup(config, processes)
-        alone = how == 'copies' and processes.world == 1
-        for l in [*a.nets.learners.values(), *b.nets.learners.values()] if alone else ():
-            l.train = l.net.with_net(
-                DistributedDataParallel(l.net.net, gradient_as_bucket_view=True, broadcast_buffers=False))
+        if how == 'copies' and processes.world == 1: as_copies(a), as_copies(b)
         it = iterate(a)
         a.nimg = next(it).nimg
         folder = Path(o.out) / f'{how}-{precision}'

@@ -42,7 +42,8 @@ def test_every_part_runs(tmp_path):
         and found['right']['losses_ok']
         and found['right']['waits_fp32'] == 'none'
     )
-    assert all(found['many'][k]['ok'] for k in ('copies', 'slices', 'copies, fp16', 'slices, fp16')) and not found['real']['stayed_behind']
+    assert all(found['many'][k]['ok'] for k in ('copies', 'slices', 'copies, fp16', 'slices, fp16'))
+    assert not found['real']['stayed_behind']
     assert {r['who'] for r in found['real']['rows']} == {'test', 'teacher', 'sid', 'sim'} and found['whole'][
         'images'
     ] == 16

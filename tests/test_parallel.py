@@ -122,7 +122,8 @@ def test_a_flow_with_several_steps(home, chain, how):
         and apart(new, old) > 1e-4
     )
 
-FP16 = dict(copies=[], slices=['--fsdp'], lora=['--lora', 'both', '--lora-rank', '4', '--lr', '1e-3', '--lr-fake', '1e-3'])
+FP16 = dict(
+    copies=[], slices=['--fsdp'], lora='--lora both --lora-rank 4 --lr 1e-3 --lr-fake 1e-3'.split())
 
 @pytest.mark.parametrize('how', FP16)
 def test_fp16_on_two_processes(home, how):

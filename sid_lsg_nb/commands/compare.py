@@ -132,14 +132,14 @@ def curve_svg(points:list[Point], frame:Frame, title:str, w:int=220, h:int=64)->
 
 
 CURVES = dict(fisher=f'{DISAGREEMENT}, fisher', tiny_fd='tiny-FD on the way', fid='FID on the way',
-              fd='Fréchet distance on the way')
+              fd='Fréchet distance on the way', clip='CLIP score on the way')
 
 
 def shared_settings(s:ImageSource, key:str)->tuple:
     "What must agree for two curves to share a frame"
     c = s.config or Config()
     return (c.teacher,) if key == 'fisher' else (
-        c.n_eval, c.seed, c.eval_reference, c.eval_images, c.inception)
+        c.n_eval, c.seed, c.eval_reference, c.eval_images, c.eval_prompts, c.inception, c.eval_clip)
 
 
 def draw_curves(sources:list[ImageSource])->list[str]:

@@ -17,7 +17,7 @@ from ..teachers.registry import brings_prompts, open_teacher
 from ..data.images import ImageSet, images_from_folder, generated_images
 from ..data.prompt_stream import PromptStream, read_prompts
 from ..data.prompts import count_seen, prompt_hashes, open_prompts
-from ..metrics.clip import ClipScore, load_clip_score, load_reward
+from ..metrics.clip import ClipScore, load_reward, open_clip_score
 from ..metrics.features import INCEPTION, Compute, FeatureNetwork, bundled_feature_network, download_inception
 from ..metrics.protocols import PROTOCOLS, Protocol, ScoreResult, find_protocol, one_line_warnings, score_images
 from ..training.distributed import Distributed
@@ -102,8 +102,7 @@ def choose_clip(
     if '/' not in spec:
         raise InputError(f'clip {spec!r} is no file; give "none", a file of weights, '
                          'or MODEL/WEIGHTS as open_clip.list_pretrained() has them')
-    local = spec.startswith('local-dir:')
-    clip = ClipScore(spec, prefix=p.prefix, device=device) if local else load_clip_score(spec, p.prefix, device)
+    clip = open_clip_score(spec, p.prefix, device)
     name = re.sub('[^A-Za-z0-9]+', '-', clip.name)
     return clip, replace(p, name=f'{p.name}-clip-{name}', clip=clip.name)
 

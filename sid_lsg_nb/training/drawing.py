@@ -19,22 +19,22 @@ def curves(rows:list[dict], file, title:str=''):
     "curves.png against images seen: a score if there is one, the disagreement, the losses, the gradient norms"
     from matplotlib.figure import Figure
 
-    score = next((k for k in ('tiny_fd', 'fid', 'fd') if any(k in r for r in rows)), None)
-    scored = [r for r in rows if score in r]
+    there = lambda k: any(k in r for r in rows)
+    scores = [*filter(there, ('tiny_fd', 'fid', 'fd'))][:1] + ['clip']*there('clip')
     losses, norms = ([k for k in rows[-1] if k[:4] == what] for what in ('loss', 'norm'))
     panels = [(f'{DISAGREEMENT} (starts near 0)', ['fisher'])]*('fisher' in rows[-1])
     panels += [('losses', losses), ('gradient norms', norms)]
-    if scored: panels.insert(0, (f'{score} of the average', [score]))
+    panels[:0] = [(f'{score} of the average', [score]) for score in scores]
     fig = Figure(figsize=(3.4*len(panels), 3), dpi=90)
     for ax, (name, keys) in zip(fig.subplots(1, len(panels)), panels):
-        known = scored if keys == [score] else rows
-        images, marker = [r['nimg'] for r in known], '.' if known is scored else ''
+        known = [r for r in rows if keys[0] in r]
+        images, marker = [r['nimg'] for r in known], '.' if keys[0] in scores else ''
         for k in keys: ax.plot(images, [r[k] for r in known], label=k, lw=1, marker=marker)
         ax.set_title(name, fontsize=9)
         ax.set_xlabel('images seen', fontsize=8)
         ax.tick_params(labelsize=7)
         ax.legend(fontsize=7)
-        if keys != losses: ax.set_yscale('log')
+        if keys not in (losses, ['clip']): ax.set_yscale('log')
     fig.suptitle(title, fontsize=9)
     fig.tight_layout()
     with atomic_file(file) as new: fig.savefig(new)

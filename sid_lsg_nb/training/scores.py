@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['student_name', 'generators_to_compare', 'SampleGrids', 'closing_rows', 'final_scores', 'feature_network',
-           'evaluation_scores']
+           'clip_score', 'evaluation_captions', 'open_evaluation', 'evaluation_scores', 'folder_scores']
 
 # %% ../../nbs/6_training/15_scores.ipynb #imports1
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,10 +16,13 @@ import torch
 from tqdm.auto import tqdm
 from ..data.images import generated_images
 from ..data.prompt_stream import PromptStream
+from ..data.prompts import Prompts, open_prompts
+from ..metrics.clip import ClipScore, open_clip_score
 from ..metrics.features import Compute, FeatureNetwork, bundled_feature_network, load_inception
 from ..metrics.protocols import PROTOCOLS, one_line_warnings, score_images
 from ..metrics.stored_rows import REAL, by_one_step, by_teacher, row_or_draw, stored_row
 from ..metrics.tiny import TINY_HEADER, ScoredPasses, TinyClip, TinyScore, load_captions, tiny_score
+from .config import EvaluationSettings
 from .drawing import in_batches, many_step_draw, save_grid, student_draw
 from .job import TrainingJob
 
@@ -129,25 +133,53 @@ def feature_network(file: str, device: str) -> FeatureNetwork:
     return load_inception(file or None, device)
 
 
+_PREFIX = PROTOCOLS['coco30k'].prefix  # before each caption, as in the published CLIP scores
+
+
+@cache
+def clip_score(spec: str, device: str) -> ClipScore | None:
+    "Opened once per run"
+    return open_clip_score(spec, _PREFIX, device) if spec else None
+
+
+@cache
+def evaluation_captions(file: str) -> Prompts:
+    "Opened once per run"
+    return open_prompts(file)
+
+
+def open_evaluation(settings: EvaluationSettings, device: str):
+    "Open what `evaluation_scores` reads, so that what is missing is said before the run; raises `InputError`"
+    if not settings.eval_reference: return
+    if settings.eval_prompts: evaluation_captions(settings.eval_prompts)
+    feature_network(settings.inception, device), clip_score(settings.eval_clip, device)
+
+
 def evaluation_scores(job: TrainingJob) -> dict:
     """For a line of the log: tiny-FD, tiny-KID and concept accuracy in the bundled world, else FID, KID, precision and
-    recall against a folder"""
-    e, processes = job.settings.evaluation, job.processes
+    recall against a folder, and a CLIP score if a model is given"""
+    e = job.settings.evaluation
     draw = student_draw(job.teacher, job.ema.net, job.t_init, e.student_steps)
-    if not e.eval_reference:
-        s = tiny_score('now', draw, TinyClip(), load_captions(), e.n_eval)
-        values = dict(tiny_fd=s.tiny_fd, tiny_kid=s.tiny_kid, concept=s.concept)
-        return {k: round(v, 6) for k, v in values.items() if v is not None}
-    features = feature_network(e.inception, str(processes.device))
+    if e.eval_reference: return folder_scores(job, draw)
+    s = tiny_score('now', draw, TinyClip(), load_captions(), e.n_eval)
+    values = dict(tiny_fd=s.tiny_fd, tiny_kid=s.tiny_kid, concept=s.concept)
+    return {k: round(v, 6) for k, v in values.items() if v is not None}
+
+
+def folder_scores(job: TrainingJob, draw: Callable) -> dict:  # draw: (prompts, seeds) -> pictures
+    "Scores of `eval_images` pictures against a folder of real ones"
+    e, processes, device = job.settings.evaluation, job.processes, str(job.processes.device)
+    features, clip = feature_network(e.inception, device), clip_score(e.eval_clip, device)
     protocol = replace(
         PROTOCOLS['folder-vs-folder'], name='during the run', n=e.eval_images, features=features.name,
-        subset_size=min(1000, e.eval_images))
-    prompts, seeds = PromptStream(job.prompts, e.seed).take(e.eval_images), range(e.seed, e.seed + e.eval_images)
+        subset_size=min(1000, e.eval_images), clip=clip.name if clip else '', prefix=_PREFIX if clip else '')
+    captions = evaluation_captions(e.eval_prompts) if e.eval_prompts else job.prompts
+    prompts, seeds = PromptStream(captions, e.seed).take(e.eval_images), range(e.seed, e.seed + e.eval_images)
     images = generated_images(draw, prompts, seeds, e.micro_batch)
-    compute = Compute(device=str(processes.device))
+    compute = Compute(device=device)
     if not e.fsdp:  # slices have to be asked by all together
         compute = replace(compute, world_size=processes.world, rank=processes.rank)
     with one_line_warnings(processes.is_main):
         r = score_images(
-            images, protocol, reference=e.eval_reference, features=features, clip=False, compute=compute)
+            images, protocol, reference=e.eval_reference, features=features, clip=clip or False, compute=compute)
     return {k: round(v, 5) for k, v in r.values.items()}

@@ -29,7 +29,7 @@ from .memory import plain_copy
 from .monitor import RunningBand
 from .resume import load_latest_state, lock_run, open_run, restore, save
 from .run_folder import check_run_folder, closing_done, finished
-from .scores import SampleGrids, evaluation_scores, final_scores
+from .scores import SampleGrids, evaluation_scores, final_scores, open_evaluation
 from .stop_signals import TolerantStream, stop_flag
 
 # %% ../../nbs/6_training/16_trainer.ipynb #f7b05968
@@ -113,7 +113,8 @@ def run_loop(job: TrainingJob, folder: Path, sheets, stop) -> bool:  # True if i
     due = lambda every: every and job.nimg//every > (job.nimg - c.total_batch_size)//every
     saved = lambda: processes.broadcast(bool(checkpoints(folder/'checkpoints')))
     log.rows = processes.broadcast(log.rows)  # an alarm goes off in all
-    watch, to = DivergenceMonitor(job, log.rows, sheets), tracker(c.report_to, job.settings.record, folder, processes, log.rows)
+    watch = DivergenceMonitor(job, log.rows, sheets)
+    to = tracker(c.report_to, job.settings.record, folder, processes, log.rows)
     say = tqdm.write if processes.is_main else lambda *_: None
     stopping = lambda: processes.any_rank(stop.is_set())
     if stopping() and not saved(): save(job, folder)
@@ -129,15 +130,14 @@ def run_loop(job: TrainingJob, folder: Path, sheets, stop) -> bool:  # True if i
             if keep or due(c.log_every) or due(c.eval_every):
                 row = log_row(job, log, watch, to, say, s, scored=due(c.eval_every) and not stopped)
                 bar.set_postfix(progress_postfix(row, bool(watch.bad)))
-            if watch.hopeless:
-                raise watch.error(row, folder)
+            if watch.hopeless: raise watch.error(row, folder)
             if keep and (not watch.bad or stopped and not saved()):
                 save(job, folder)  # before pictures: KILL may follow soon
-            pictures = due(c.sample_every) or done and not stopped
-            show_progress(job, folder, log.rows, sheets, say, pictures, plots=done or due(c.sample_every))
+            drawn = due(c.sample_every)
+            show_progress(job, folder, log.rows, sheets, say, drawn or done and not stopped, plots=done or drawn)
             if done: break
         warn_on_failure('the tracker', to.end, say)
-        return stopping() and job.nimg < c.max_train_images
+    return stopping() and job.nimg < c.max_train_images
 
 # %% ../../nbs/6_training/16_trainer.ipynb #2a7d1436
 def export_generator(job: TrainingJob, folder: Path):
@@ -220,6 +220,8 @@ def run(job: TrainingJob, folder: Path, stop) -> list[str]:  # closing steps tha
         f'precision {settings.networks.precision}, '
         f'{job.prompts.report}\n{job.prompts.preview}'
     )
+    if settings.log.eval_every:
+        processes.run_on_all(lambda: open_evaluation(settings.evaluation, str(processes.device)))
     sheets = SampleGrids(job, folder)
     if not processes.any_rank(stop.is_set()):
         warn_on_failure('a sheet', lambda: sheets(job.nimg), say)
