@@ -192,6 +192,20 @@ def bad_notebook(root, nb):
 
 # ---- where notebooks and modules lie
 
+ABLE = re.compile(r'After this (chapter|page|story)|you (can|will)')
+
+def unframed(root):
+    "Chapters that do not say at their beginning what the reader will be able to do, or do not end with three questions"
+    said = []
+    for nb in notebooks(root):
+        texts = [''.join(c['source']) for c in json.loads(nb.read_text(encoding='utf-8'))['cells']
+                 if c['cell_type'] == 'markdown']
+        if number(nb) is None or not texts: continue
+        if not ABLE.search('\n'.join(texts[:2])): said.append(f'{nb.relative_to(root)}: say what one can do after it')
+        folded = '\n'.join(texts).count('<details>')
+        if folded < 3: said.append(f'{nb.relative_to(root)}: {folded} folded answers at its end, there should be 3')
+    return said
+
 def twice(kind, names):
     "A complaint for each name that comes more than once"
     return [f'{kind} {n}: {k} of this name' for n, k in sorted(Counter(names).items()) if k > 1]

@@ -86,7 +86,7 @@ def small(tmp_path):
 # ---- this repository keeps the rules
 
 RULES = [house.odd_notebooks, house.places, house.ladder, house.gone, house.strays, house.long_functions,
-         house.whole_settings, house.unsafe_loads, house.unstated, house.machine_paths, house.density]
+         house.whole_settings, house.unframed, house.unsafe_loads, house.unstated, house.machine_paths, house.density]
 
 @pytest.mark.parametrize('rule', RULES, ids=lambda f: f.__name__)
 def test_rule(rule): assert rule(ROOT) == []
@@ -222,6 +222,20 @@ def test_climbing_cell_is_seen(small, code):
     notebook(small, '1_method/02_losses.ipynb', '#| default_exp method.losses', code)
     said = 'imports teachers.base (2_teachers/01), not above 1_method/02'
     assert house.ladder(small) == [f'nbs/1_method/02_losses.ipynb: {said}']
+
+def test_chapter_without_a_frame_is_seen(small):
+    nb = small/'nbs'/'1_method'/'02_losses.ipynb'
+    d = json.loads(nb.read_text())
+
+    def found(*texts):
+        words = [dict(cell_type='markdown', id=f'm{i}', metadata={}, source=[text]) for i, text in enumerate(texts)]
+        nb.write_text(json.dumps(d | dict(cells=words + d['cells'])))
+        return [c.rpartition(': ')[2] for c in house.unframed(small)]
+
+    lacks = '2 folded answers at its end, there should be 3'
+    assert found('# Losses\n\nAfter this chapter you can', '<details>'*3) == []
+    assert found('# Losses\n\nAfter this chapter you can', '<details>'*2) == [lacks]
+    assert found('# Losses', '<details>'*3) == ['say what one can do after it']
 
 def test_function_that_takes_all_settings_is_seen(small):
     module(small, 'training.__init__', '')
