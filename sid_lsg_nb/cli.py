@@ -11,7 +11,7 @@ import tyro
 from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
-from .commands.options import Bench, Compare, Evaluate, Export, Import, Sample, Status
+from .commands.options import Bench, Compare, Evaluate, Export, Import, Notebooks, Sample, Status
 from .training.config import GROUPS, Config, check
 from .training.presets import PRESETS, HUB_PRESET, published_scores
 from .training.config import grouped_settings
@@ -21,9 +21,10 @@ from .training.run_folder import resume_folder, saved_config, settings_in_file
 from .commands.status import status
 
 # %% auto #0
-__all__ = ['COMMANDS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'sample', 'is_distributed', 'last_value',
-           'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option', 'require_named',
-           'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process', 'main']
+__all__ = ['COMMANDS', 'NO_NETWORKS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'sample', 'is_distributed',
+           'last_value', 'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option',
+           'require_named', 'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process',
+           'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -190,6 +191,11 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
         'Time one iteration against its network calls alone, or count its memory.',
         'commands.bench.bench',
     ),
+    Notebooks: (
+        'notebooks',
+        'Write these chapters out, as notebooks that run with the installed package.',
+        'commands.notebooks.notebooks',
+    ),
 }
 
 
@@ -299,6 +305,9 @@ def read_command(argv: list[str]):  # an instance of one of the dataclasses
     return check(args) if isinstance(args, Config) else args
 
 
+NO_NETWORKS = Status, Notebooks # commands that open no model and load no large library
+
+
 def print_error(error: Exception):
     "One line for an error that ends the command; of several processes one speaks"
     from_here = str(error)
@@ -332,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:  # exit status
         return 0
     try:
         args = read_command(argv)
-        if not isinstance(args, Status):
+        if not isinstance(args, NO_NETWORKS):
             silence_libraries()
         command_of(args)(args)
     except (InputError, RunError) as e:

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import yaml
+from sid_lsg_nb.commands.notebooks import chapter_files
 import house, house_map, offline_docs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,7 +150,11 @@ def test_wheel_holds_what_is_embedded(copied, tmp_path):
     run('-m', 'pip', 'wheel', '.', *offline, tmp_path, cwd=copied)
     names = zipfile.ZipFile(next(tmp_path.glob('*.whl'))).namelist()
     assert house.embedded_gaps(house.embedded_files(copied), names) == []
-    assert library_files(copied) == {n for n in names if n.endswith('.py')}
+    chapters = {n for n in names if n.startswith('sid_lsg_nb/chapters/')}
+    assert library_files(copied) == {n for n in names if n.endswith('.py')} - chapters
+    wanted = {name: f.relative_to(copied) for name, f in chapter_files(copied/'sid_lsg_nb').items()}
+    assert chapters == {f'sid_lsg_nb/chapters/{f.as_posix()}' for f in wanted.values()}
+    assert {p.relative_to(copied/'nbs').as_posix() for p in house.notebooks(copied)} <= set(wanted)
 
 def library_files(root): return {p.relative_to(root).as_posix() for p in (root/house.LIB).rglob('*.py')}
 
@@ -159,6 +164,7 @@ def test_sdist_holds_what_is_embedded(copied, tmp_path):
     assert house.embedded_gaps(house.embedded_files(copied), names) == []
     assert {'settings.ini', 'setup.py', 'LICENSE', 'NOTICE', 'README.md', *library_files(copied)} <= set(names)
     assert {p.relative_to(copied).as_posix() for p in house.all_notebooks(copied)} <= set(names)
+    assert {f.relative_to(copied).as_posix() for f in chapter_files(copied/'sid_lsg_nb').values()} <= set(names)
 
 # ---- each rule can fail
 

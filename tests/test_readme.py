@@ -131,6 +131,7 @@ def left(words):
         'import': 'student/model_index.json',
         'export': 'runs/embedded-1/*.safetensors',
         'evaluate': 'runs/embedded-1/**/scores-*.json',
+        'notebooks': 'chapters/index.ipynb',
         'compare': 'blind.html' if '--blind' in words else 'compare.html',
     }[words[0]]
 

@@ -46,9 +46,11 @@ QUICK = {  # words: exit status, and what the answer says
     '--help': (0, 'distill'),
     'status': (0, 'nothing logged yet'),
     'status nowhere': (2, 'no run folder'),
+    'notebooks runs': (2, 'is not empty'),
+    'notebooks chapters': (0, 'jupyter lab chapters'),
     **{
         f'{c} --help': (0, '--help')
-        for c in 'distill sample status evaluate compare export import bench'.split()
+        for c in 'distill sample status evaluate compare export import bench notebooks'.split()
     },
     'distill --preset sd21-lsg-2 --help': (0, 'sd21-lsg-2'),
     'distill --resume runs/embedded-1 --help': (0, '8800'),

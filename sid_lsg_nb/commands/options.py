@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 # %% auto #0
-__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Export', 'Import', 'Bench']
+__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Export', 'Import', 'Notebooks', 'Bench']
 
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
@@ -128,6 +128,13 @@ class Import:
     # time at which its one step starts: 625 for SiD-LSG, 999 for many others; nothing in the file says so
     t_init: int = 625
     key: str = 'ema'             # the network's name in a .pkl or .pt
+
+# %% ../../nbs/7_commands/01_options.ipynb #70177012
+@dataclass(frozen=True)
+class Notebooks:
+    "The chapters as notebooks that run with the installed package"
+    folder: tyro.conf.Positional[str] # to write to; new, or empty
+    overwrite: bool = False           # a folder that holds chapters already: write them anew, leave other files
 
 # %% ../../nbs/7_commands/01_options.ipynb #1d26fdb0
 @dataclass(frozen=True)
