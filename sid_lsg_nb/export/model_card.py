@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CARD', 'ELSEWHERE', 'LSG', 'SIM', 'BY', 'PRIVATE', 'SHOWN', 'REFUSALS', 'public_name', 'inherited_license',
            'markdown_table', 'describe_protocol', 'score_section', 'describe_prompts', 'card_data', 'method_name',
-           'CardText', 'recipe_table', 'training_line', 'start_lines', 'license_words', 'example', 'model_card',
-           'read_start', 'write_card', 'require_complete', 'push_to_hub']
+           'CardText', 'recipe_table', 'training_line', 'average_line', 'start_lines', 'license_words', 'example',
+           'model_card', 'read_start', 'write_card', 'require_complete', 'push_to_hub']
 
 # %% ../../nbs/5_export/03_model_card.ipynb #9368df49
 import hashlib, json, math, platform, re, shutil
@@ -211,6 +211,7 @@ class CardText:
     prompt: str|None = None # in the example; default: one the teacher knows
     picture: str = '' # file beside the card
     prompts: dict|None = None # prompts.json
+    averages: dict|None = None # averages.json
     license: dict[str, str]|None = None # default: the teacher's
 
 
@@ -228,14 +229,22 @@ def recipe_table(config:dict)->str:
     return markdown_table([dict(setting=k, value=f'`{v}`') for k, v in told.items()], ['setting', 'value'])
 
 
-def training_line(config:dict, log_rows:list[dict])->str:
-    "How far the run came"
+def training_line(config:dict, log_rows:list[dict], averages:dict|None=None)->str: # averages: averages.json
+    "How far the run came, and which average this is where there were several"
     if not log_rows: return 'No log was kept.'
     last = log_rows[-1]
     name = lambda k: f'{DISAGREEMENT} (fisher)' if k == 'fisher' else k
     numbers = [f'{name(k)} {v:.4g}' for k, v in last.items() if k in SHOWN and isinstance(v, (int, float))]
     line = f'; last line of the log: {", ".join(numbers)}' if numbers else ''
-    return f'Images seen: {last["nimg"]:,} of {config["max_train_images"]:,}{line}.'
+    line = f'Images seen: {last["nimg"]:,} of {config["max_train_images"]:,}{line}.'
+    return f'{line} {average_line(averages)}' if averages else line
+
+
+def average_line(averages:dict)->str: # averages.json
+    "Which of several averages this is, and why"
+    scores = ', '.join(f'{h}: {v:.4g}' for h, v in averages['halflives'].items())
+    return (f'Of averages with several half-lives (in images) this is the one of {averages["best"]}, which has the '
+            f'smallest {averages["score"]} ({scores}; taken of other pictures than the scores above).')
 
 
 def start_lines(start:StudentStart)->str:
@@ -285,7 +294,7 @@ def model_card(
         begins=start_lines(start),
         method=method_name(config.get('method', 'sid')),
         scores=score_section(scores),
-        trained=training_line(config, log_rows),
+        trained=training_line(config, log_rows, text.averages),
         recipe=recipe_table(config),
         prompts=describe_prompts(config.get('prompts', ''), text.prompts),
         versions=', '.join(f'{k} {v}' for k, v in software.items()),
@@ -316,7 +325,8 @@ def write_card(
     scores += [json.loads(Path(f).read_text(encoding='utf-8')) for f in results]
     rows = [r for r in read_jsonl(run/'log.jsonl')[0] if 'nimg' in r]
     text = CardText(title or run.resolve().name, repo_id or 'PATH_OR_REPO', None,
-                    'samples.png' if sheets else '', read_json_or({}, run/'prompts.json') or None)
+                    'samples.png' if sheets else '', read_json_or({}, run/'prompts.json') or None,
+                    averages=read_json_or({}, run/'averages.json') or None)
     card = model_card(read_json(run/'config.json'), rows, scores, start, text)
     if sheets: shutil.copy(sheets[-1], folder/'samples.png')
     atomic_write(folder/'README.md', card)

@@ -19,9 +19,9 @@ __all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 
            'grouped_settings', 'guidance_scales', 'split_method', 'read_method', 'with_method_sha',
            'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check',
            'require_known_method', 'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations',
-           'check_scores', 'check_files', 'check_gan_times', 'resolve', 'recipe_of', 'run_title', 'TeacherSettings',
-           'DataSettings', 'NetworkSettings', 'OptimizerSettings', 'LogSettings', 'EvaluationSettings', 'RunSettings',
-           'settings_of', 'lr_of']
+           'check_scores', 'check_averages', 'check_files', 'check_gan_times', 'resolve', 'recipe_of', 'run_title',
+           'TeacherSettings', 'DataSettings', 'NetworkSettings', 'OptimizerSettings', 'LogSettings',
+           'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -134,6 +134,9 @@ class Config:
     channels_last: bool = False    # memory layout that convolutions in 16 bits prefer
     # images until half of an old weight is forgotten; 50,000 in the published runs
     ema_halflife: float = 2_000
+    # more of them, averaged beside the first; at the end a score says which average is exported (the table's,
+    # taken from other noise, or that of --eval-reference)
+    more_ema_halflives: tuple[float, ...] = ()
     # early on the half-life is this part of the images seen; 0.05 in the published runs
     ema_rampup: float = 0.2
     seed: int = 0                  # of noise, times, prompts and pictures
@@ -366,6 +369,7 @@ def check_combinations(config: Config):
         if both:
             raise InputError(f'{a} and {b} do not go together; {cure}')
     check_scores(config)
+    check_averages(config)
     check_files(config)
     check_gan_times(config)
     if c.report_to != 'none' and importlib.util.find_spec(c.report_to) is None:
@@ -394,6 +398,18 @@ def check_scores(config: Config):
         (c.eval_every and not folder and not c.n_eval,
          '--eval-every and n-eval 0 do not go together; say how many passes over the captions, --n-eval 1')):
         if wrong: raise InputError(why)
+
+
+def check_averages(config: Config):
+    "Raise `InputError` for half-lives that are none, or that no score can choose from"
+    more = config.more_ema_halflives
+    if not more: return
+    if not all(math.isfinite(h) and h > 0 for h in more) or len({config.ema_halflife, *more}) <= len(more):
+        raise InputError(f'more_ema_halflives {" ".join(f"{h:g}" for h in more)} must be positive numbers, each another '
+                         f'one, and none of them ema_halflife ({config.ema_halflife:g})')
+    if not config.eval_reference and not (config.teacher == 'embedded' and config.n_eval):
+        raise InputError('--more-ema-halflives needs a score to choose by: --eval-reference FOLDER of real pictures, or '
+                         'the bundled teacher with --n-eval 1 or more')
 
 
 def check_files(config: Config):
@@ -524,6 +540,7 @@ class OptimizerSettings:
     use_8bit_adam: bool
     ema_halflife: float
     ema_rampup: float
+    more_ema_halflives: tuple
     offload: tuple
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainingJob', 'find_prompts', 'with_times', 'fingerprint', 'check_layer', 'read_streams', 'check_streams',
-           'real_batches_of', 'check_inputs', 'open_on_all_ranks', 'method_of', 'average_of', 'setup', 'data_of',
+           'real_batches_of', 'check_inputs', 'open_on_all_ranks', 'method_of', 'averages_of', 'setup', 'data_of',
            'set_learning_rates', 'iterate']
 
 # %% ../../nbs/6_training/13_job.ipynb #imports1
@@ -41,7 +41,7 @@ class TrainingJob:
     teacher: Teacher
     nets: Networks
     method: Method
-    ema: EMA
+    ema: EMA  # what is drawn from, scored and exported
     prompts: Prompts
     stream: PromptStream
     rng: torch.Generator  # all noise and times; the same in every process
@@ -49,6 +49,7 @@ class TrainingJob:
     nimg: int = 0
     real: RealBatches | None = None  # real pictures, as latents, if there are any
     teacher_sha: str = ''  # see `fingerprint`
+    more_emas: tuple[EMA, ...] = ()  # with other half-lives
 
     @property
     def t_init(self):
@@ -189,10 +190,11 @@ def method_of(settings: RunSettings, teacher: Teacher) -> Method:
     return method
 
 
-def average_of(net: Denoiser, settings: OptimizerSettings) -> EMA:
-    "The average of the generator, on the CPU if it waits there"
+def averages_of(net: Denoiser, settings: OptimizerSettings) -> list[EMA]:  # that of `ema_halflife` first
+    "The averages of the generator, on the CPU if they wait there"
     where = 'cpu' if 'ema' in settings.offload else None
-    return EMA(net, settings.ema_halflife, settings.ema_rampup, where)
+    halflives = settings.ema_halflife, *settings.more_ema_halflives
+    return [EMA(net, h, settings.ema_rampup, where) for h in halflives]
 
 
 def setup(
@@ -213,14 +215,15 @@ def setup(
     frozen, learning = processes.run_on_all(lambda: build_networks(s.networks, teacher, method))
     prompts = prompts or prompts_from_list(teacher.prompts)
     processes.require_same({'the number of real pictures': str(real and len(real.latents))})
-    ema = average_of(learning['generator'], s.optimizer)  # before the network is cut into slices
+    emas = averages_of(learning['generator'], s.optimizer)  # before the network is cut into slices
     learners = make_learners(learning, s.networks, s.optimizer, processes)
     if s.networks.fsdp:
-        shard_fsdp(processes, frozen), shard_fsdp(processes, ema.net)
+        for net in (frozen, *(ema.net for ema in emas)): shard_fsdp(processes, net)
     return TrainingJob(
-        s, processes, teacher, Networks(frozen, learners, teacher.text.null()), method, ema,
+        s, processes, teacher, Networks(frozen, learners, teacher.text.null()), method, emas[0],
         prompts, PromptStream(prompts, s.data.seed),
-        rng(s.data.seed, processes.device), rng(s.data.seed + 1), real=real, teacher_sha=sha)
+        rng(s.data.seed, processes.device), rng(s.data.seed + 1), real=real, teacher_sha=sha,
+        more_emas=tuple(emas[1:]))
 
 # %% ../../nbs/6_training/13_job.ipynb #6b39c05e
 def data_of(job: TrainingJob) -> Callable:  # `data(update)`: micro-batches
@@ -250,10 +253,13 @@ def set_learning_rates(job: TrainingJob, nimg: int):
 
 def iterate(job: TrainingJob):
     "The run as an iterator: `distill` on the prompts and seeds of the settings"
+    batch = job.settings.data.total_batch_size
     set_learning_rates(job, job.nimg)
     states = distill(
         job.nets, job.method, data_of(job), job.teacher.latent_shape, rng=job.rng, ema=job.ema, nimg=job.nimg,
         shard=job.processes.shard)
     for s in states:
+        for ema in job.more_emas:
+            ema.update(job.nets.learners['generator'].net, s.nimg - batch, batch)
         yield s
         set_learning_rates(job, s.nimg)

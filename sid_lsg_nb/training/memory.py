@@ -7,7 +7,7 @@ __all__ = ['LoraView', 'plain_copy', 'activation_bytes', 'MemorySettings', 'memo
            'print_memory_budget']
 
 # %% ../../nbs/6_training/03_memory.ipynb #979edef1
-import copy
+import copy, itertools
 from dataclasses import dataclass, fields
 from functools import cache
 import torch
@@ -63,7 +63,9 @@ class LoraView(nn.Module):
         return self.base(*args, **kwargs)
 
     def __deepcopy__(self, _memo):  # a copy lives in the same network
-        new = LoraView(self.base, f'{self.adapter}-ema' if self.adapter else '', self.rank, self.targets)
+        taken = getattr(self.base, 'peft_config', {})
+        free = next(name for n in itertools.count(1) if (name := f'{self.adapter}-ema{n}') not in taken)
+        new = LoraView(self.base, free if self.adapter else '', self.rank, self.targets)
         for p, q in zip(new.own, self.own):
             p.data.copy_(q.data)
         return new
@@ -119,6 +121,7 @@ class MemorySettings:
     lora_rank: int = 64
     offload: tuple = ('vae',)  # what waits on the CPU costs nothing here: vae, ema
     use_8bit_adam: bool = False
+    more_ema_halflives: tuple = ()  # each an average of its own
 
     @classmethod
     def of(cls, config, **more):  # more: what the settings do not say
@@ -146,7 +149,7 @@ def memory_budget(
         out[k] = m*width(p.weights)
         out[f"{k}'s second moments"] = m*(2 if s.use_8bit_adam else width(p.weights))
     out["gradient, one network's"] = max(learning.values())*width(p.weights)
-    out['EMA'] = 0 if 'ema' in s.offload else learning['generator']*4
+    out['EMA'] = 0 if 'ema' in s.offload else learning['generator']*4*(1 + len(s.more_ema_halflives))
     low, twice = p.autocast or p.weights, s.micro_batch*(1 + s.guided)
     kept = lambda learns: activation_bytes(shapes, s.gradient_checkpointing, learns)
     held = lambda pictures, dtype, learns: pictures*kept(learns)*width(dtype)//4

@@ -29,6 +29,7 @@ def state_of(job: TrainingJob) -> dict:
     "Everything the next iteration depends on, as a tree for `save_checkpoint`; all processes must call it"
     learners = job.nets.learners.items()
     nets = {role: l.net.state_dict() for role, l in learners} | dict(ema=job.ema.net.state_dict())
+    more = {f'ema_{ema.halflife:g}': ema.net.state_dict() for ema in job.more_emas}
     optimizers = {f'opt_{role}': l.optimizer.state_dict() for role, l in learners}
     scalers = {f'scaler_{role}': l.scaler.state_dict() if l.scaler else {} for role, l in learners}
     random = dict(
@@ -40,7 +41,7 @@ def state_of(job: TrainingJob) -> dict:
     what = dict(
         prompts=job.prompts.sha256, teacher=job.teacher_sha, roles=[role for role, _ in learners],
         config=job.settings.record)
-    return gather_full(nets | optimizers | scalers | random | where | what)
+    return gather_full(nets | more | optimizers | scalers | random | where | what)
 
 
 def save(job: TrainingJob, folder: Path):
@@ -83,6 +84,8 @@ def restore(job: TrainingJob, state: dict):
         if l.scaler and state[f'scaler_{role}']:
             l.scaler.load_state_dict(state[f'scaler_{role}'])
     load_state(job.ema.net, state['ema'], sharded)
+    for ema in job.more_emas:  # one that is new begins where the first one is
+        load_state(ema.net, state.get(f'ema_{ema.halflife:g}', state['ema']), sharded)
     job.nimg, job.stream.position = state['nimg'], state['position']
     if job.real:
         job.real.stream.position = state['real_position']
@@ -147,11 +150,11 @@ def check_folder(
 
 def require_space(job: TrainingJob, folder: Path):
     "Raise `InputError` where not even one checkpoint fits"
-    nets = [l.net for l in job.nets.learners.values()]
+    nets, emas = [l.net for l in job.nets.learners.values()], [e.net for e in (job.ema, *job.more_emas)]
     size = lambda v: v.numel() * v.element_size()
     learning = [p for n in nets for p in n.parameters() if p.requires_grad]
     moments = sum(size(p) // (4 if job.settings.optimizer.use_8bit_adam else 1) for p in learning)
-    need = moments + sum(size(v) for n in (*nets, job.ema.net) for v in n.state_dict().values())
+    need = moments + sum(size(v) for n in (*nets, *emas) for v in n.state_dict().values())
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(

@@ -29,7 +29,7 @@ from .memory import plain_copy
 from .monitor import RunningBand
 from .resume import load_latest_state, lock_run, open_run, restore, save
 from .run_folder import check_run_folder, closing_done, finished
-from .scores import SampleGrids, evaluation_scores, final_scores, open_evaluation
+from .scores import SampleGrids, evaluation_scores, final_scores, open_evaluation, with_best_average
 from .stop_signals import TolerantStream, stop_flag
 
 # %% ../../nbs/6_training/16_trainer.ipynb #f7b05968
@@ -168,13 +168,15 @@ def closing_steps(
     "What comes after training, in order"
     processes, again = job.processes, resume_command(job.settings.method, folder)
 
+    best = lambda: job if stopped else with_best_average(job, folder)
+
     def scores():
         "Score the average, and keep the numbers in scores.json"
-        found = final_scores(job)
+        found = final_scores(best())
         if processes.is_main:
             atomic_write(folder / 'scores.json', json.dumps([asdict(s) for s in found], indent=1) + '\n')
 
-    steps = dict(generator=(lambda: export_generator(job, folder), again))
+    steps = dict(generator=(lambda: export_generator(best(), folder), again))
     if job.settings.evaluation.n_eval and not stopped and job.settings.teacher.teacher == 'embedded':
         steps['scores'] = scores, again
     return steps | dict(
