@@ -15,7 +15,8 @@ __all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Export', 'Import', 'Noteb
 @dataclass(frozen=True)
 class Sample:
     "Draw pictures with a distilled generator, one network step each"
-    student: tyro.conf.Positional[str]              # run folder, or the generator/ inside it
+    # run folder, or the generator/ inside it; default: "shipped", the student that comes with the package
+    student: tyro.conf.Positional[str] = ''
     text: tyro.conf.Positional[tuple[str, ...]] = () # prompts, each in quotes
     prompts: str = ''   # file of prompts, as --prompts of distill, instead of or after those
     out: str = ''       # folder for the pictures, must not exist; default: the next free pictures/N
