@@ -29,7 +29,7 @@ BIG = {
 }
 LATER = {  # what the trainer imports when it comes to need it: scores, drawings, files of prompts, trackers, exports
     'open_clip', 'timm', 'cleanfid', 'matplotlib', 'pyarrow.parquet', 'datasets', 'pandas',
-    'tensorboard', 'wandb', 'onnx',
+    'tensorboard', 'wandb', 'trackio', 'onnx',
     'ImageReward', 'IPython'}
 CALLS = """
 import contextlib, io, json, sys

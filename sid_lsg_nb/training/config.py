@@ -148,7 +148,7 @@ class Config:
     # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
     divergence_factor: float = 10.0
     divergence_patience: int = 200 # stop after so many bad iterations in a row (skipped, or under alarm)
-    report_to: Literal['none', 'tensorboard', 'wandb'] = 'none' # besides log.jsonl, which is always written
+    report_to: Literal['none', 'tensorboard', 'wandb', 'trackio'] = 'none' # besides log.jsonl, which is always written
     # images between scores during the run; 0: none until the end
     eval_every: int = 0
     eval_reference: str = ''       # folder of real pictures to score against; the bundled teacher needs none
