@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['requirements_of', 'with_n_images', 'choose_protocol', 'own_captions', 'choose_captions', 'choose_clip',
            'next_free_file', 'images_to_score', 'sampled_images', 'choose_features', 'trained_on', 'zero_shot_note',
-           'check_evaluate', 'evaluate', 'report']
+           'check_evaluate', 'evaluate', 'known_floor', 'report']
 
 # %% ../../nbs/7_commands/05_evaluate.ipynb #699aec23
 import json, re
@@ -14,12 +14,14 @@ from pathlib import Path
 import numpy as np
 from ..core import EMBEDDED, InputError
 from ..teachers.registry import brings_prompts, open_teacher
-from ..data.images import ImageSet, images_from_folder, generated_images
+from ..data.images import ImageSet, file_sha256, images_from_folder, generated_images
 from ..data.prompt_stream import PromptStream, read_prompts
 from ..data.prompts import count_seen, prompt_hashes, open_prompts
 from ..metrics.clip import ClipScore, load_reward, open_clip_score
 from ..metrics.features import INCEPTION, Compute, FeatureNetwork, bundled_feature_network, download_inception
 from ..metrics.protocols import PROTOCOLS, Protocol, ScoreResult, find_protocol, one_line_warnings, score_images
+from ..metrics.stored_rows import REAL, stored_row
+from ..metrics.tiny import trained_captions
 from ..training.distributed import Distributed
 from .options import Evaluate
 from .sources import ImageSource, check_sampling, make_sampler, open_source, require_writable
@@ -198,9 +200,20 @@ def evaluate(args:Evaluate)->ScoreResult: # the same in every process
     return r
 
 
+def known_floor(p:Protocol)->float|None: # None: not known
+    "The distance of other real pictures of the same captions at the same n: what nobody goes below"
+    passes, rest = divmod(p.n or 1, len(trained_captions()))
+    mine = file_sha256(EMBEDDED/'real-trained.safetensors')
+    if (p.captions, rest, p.reference_sha) != ('bundled prompts', 0, mine): return None
+    row = stored_row(REAL, 'trained', passes)
+    return row.score.tiny_fd if row else None
+
+
 def report(r:ScoreResult, s:ImageSource, images:ImageSet, file:Path):
     "Print a score and keep it"
     print(r.line())
+    floor = known_floor(r.protocol)
+    if floor is not None: print(f'as many other real pictures have fd {floor:.4f}')
     if s.kind == 'student' and images.captions: print(zero_shot_note(r.trained_on, images.n))
     r.save(file)
     print(f'written to {file}')

@@ -73,7 +73,7 @@ PROTOCOLS = {p.name: p for p in (
     Protocol('openimages30k',    'Open Images validation', 41_620, 30_000, **_open),
     Protocol('cifar10-50k',      'CIFAR-10 train',     50_000, 50_000, size=32, resizer='legacy_tensorflow'),
     Protocol('folder-vs-folder', 'a folder',             None,   None, size=0),
-    Protocol('tiny',             'the bundled world',  10_000,  1_000, **_tiny))}
+    Protocol('tiny',             'real pictures of the bundled captions', 55_296, 9_216, **_tiny))}
 
 # %% ../../nbs/4_metrics/07_protocols.ipynb #e6a149f0
 def protocol_differences(a:Protocol, b:Protocol)->list[str]:
@@ -229,7 +229,7 @@ def _open_reference(reference, network, p, compute)->Reference:
     if reference is None and p.features != 'bundled scorer':
         raise InputError(f'protocol {p.name!r} needs its reference: '
                          f'a folder with {p.reference_n or "real"} pictures ({p.reference}), or a file of statistics')
-    source = EMBEDDED/'reference.safetensors' if reference is None else reference
+    source = EMBEDDED/'real-trained.safetensors' if reference is None else reference
     ref = compute_reference(source, network, p.preprocess, keep=p.keep, compute=compute)
     if None not in (p.reference_n, ref.n) and p.reference_n != ref.n:
         raise InputError(f'{ref.name!r} holds {ref.n} pictures, '
