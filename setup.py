@@ -43,6 +43,7 @@ setup(
     python_requires='>=' + cfg['min_python'],
     install_requires=shlex.split(cfg.get('requirements', '')),
     extras_require={'dev': shlex.split(cfg.get('dev_requirements', '')),
+                    'demo': shlex.split(cfg.get('demo_requirements', '')),
                     'notebooks': shlex.split(cfg.get('notebooks_requirements', ''))},
     entry_points={'console_scripts': shlex.split(cfg.get('console_scripts', '')),
                   'nbdev': [f'{lib}={lib}._modidx:d']},

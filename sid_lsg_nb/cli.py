@@ -11,7 +11,7 @@ import tyro
 from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
-from .commands.options import Bench, Compare, Evaluate, Export, Import, Notebooks, Sample, Status
+from .commands.options import Bench, Compare, Demo, Evaluate, Export, Import, Notebooks, Sample, Status
 from .training.config import GROUPS, Config, check
 from .training.presets import PRESETS, HUB_PRESET, published_scores
 from .training.config import grouped_settings
@@ -187,6 +187,11 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
         'compare',
         'One self-contained page: runs side by side, pictures at the same noise and prompts; or a blind one for votes',
         'commands.preference.run_compare',
+    ),
+    Demo: (
+        'demo',
+        'A page in the browser: type a prompt, see teacher and students draw it from the same noise.',
+        'commands.demo.demo',
     ),
     Export: (
         'export',

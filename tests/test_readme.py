@@ -22,6 +22,7 @@ SHORT = (
     '--max-train-images 16 --total-batch-size 8 --micro-batch 8 --gradient-accumulation-steps 1 --n-eval 0 '
     '--teacher-steps 1 --device cpu'
 ).split()
+PAGES = 'demo', 'watch'  # which are opened in a browser in `test_demo.py`; here they are made and not served
 KINDS = [Config, *(k for k in vars(options).values() if dataclasses.is_dataclass(k))]
 OWN = {'--' + f.name.replace('_', '-') for kind in KINDS for f in dataclasses.fields(kind)}
 OTHERS = set(
@@ -118,11 +119,12 @@ def short(words):
         sample=['--device', 'cpu'],
         evaluate='--n 8 --batch 8 --device cpu'.split(),
         compare='--n 2 --device cpu'.split(),
+        demo='--n 1 --device cpu'.split(),
     ).get(words[0], [])
 
 def left(words):
     "A file that a line leaves, by the words of the line; '' if it only speaks"
-    if '--dry-run' in words or '--help' in words or words[0] == 'status':
+    if '--dry-run' in words or '--help' in words or words[0] in ('status', *PAGES):
         return ''
     if words[0] == 'distill':
         return 'runs/*/generator/*.json'
@@ -151,7 +153,7 @@ def test_readme_has_its_lines():
     }
 
 @pytest.mark.parametrize('words', README, ids=' '.join)
-def test_a_line_of_readme_runs(place, words, capsys):
+def test_a_line_of_readme_runs(place, words, capsys, monkeypatch):
     if ' '.join(words) in FIRST:
         assert FIRST[' '.join(words)]
         return
@@ -161,6 +163,8 @@ def test_a_line_of_readme_runs(place, words, capsys):
             main(words)
         assert end.value.code == 0 and '--teacher' in capsys.readouterr().out
         return
+    if words[0] in PAGES:
+        monkeypatch.setattr('sid_lsg_nb.commands.demo.serve', lambda page, args: print(page.title))
     added = [] if '--dry-run' in words else short(words)
     assert main([*words, *added]) == 0
     if left(words):

@@ -26,10 +26,11 @@ BIG = {
     'open_clip',
     'cleanfid',
     'tqdm',
+    'gradio',
 }
 LATER = {  # what the trainer imports when it comes to need it: scores, drawings, files of prompts, trackers, exports
     'open_clip', 'timm', 'cleanfid', 'matplotlib', 'pyarrow.parquet', 'datasets', 'pandas',
-    'tensorboard', 'wandb', 'trackio', 'onnx',
+    'tensorboard', 'wandb', 'trackio', 'onnx', 'gradio',
     'ImageReward', 'IPython'}
 CALLS = """
 import contextlib, io, json, sys

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 # %% auto #0
-__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Export', 'Import', 'Notebooks', 'Bench']
+__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Demo', 'Export', 'Import', 'Notebooks', 'Bench']
 
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
@@ -89,6 +89,23 @@ class Compare:
     votes: tuple[str, ...] = ()  # files that people saved on a blind page: print the shares; give no runs
     key: str = ''                # of the blind page, with --votes; default: found beside the votes, or here
     batch: int = 16              # pictures drawn at once
+    device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
+
+# %% ../../nbs/7_commands/01_options.ipynb #01optdemo2
+@dataclass(frozen=True)
+class Demo:
+    "A page in the browser: a prompt, and what a teacher and its students draw of it from the same noise"
+    # run folders or one-step pipelines, one column each; default: the newest run below runs/, else the shipped student
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    # the column in front: a pipeline folder, "embedded", a hub id, or "none"; default: the teacher of the first run
+    teacher: str = ''
+    teacher_steps: int | None = None # at the beginning; default: as in the sheets of the first run, else 25
+    teacher_kappa: float | None = None # at the beginning; default: as in the sheets of the first run, else 3
+    n: int = 4                   # pictures of each at the beginning, 1 to 8; large models on a CPU want 1
+    precision: Literal['fp32', 'bf16', 'fp16'] = 'fp32' # of all networks
+    port: int | None = None      # default: the first free one from 7860 on
+    browser: bool = True         # open the page in a browser
+    share: bool = False          # give the page a public address for three days, through a server of gradio's makers
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
 
 # %% ../../nbs/7_commands/01_options.ipynb #7d4f5e60
