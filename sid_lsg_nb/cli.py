@@ -11,7 +11,8 @@ import tyro
 from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
-from .commands.options import Bench, Compare, Demo, Evaluate, Export, Import, Notebooks, Sample, Status
+from .commands.options import Bench, CheckData, Compare, Demo, Evaluate, Export, Import, Notebooks
+from .commands.options import Sample, Status
 from .training.config import GROUPS, Config, check
 from .training.presets import PRESETS, HUB_PRESET, published_scores
 from .training.config import grouped_settings
@@ -212,6 +213,11 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
         'notebooks',
         'Write these chapters out, as notebooks that run with the installed package.',
         'commands.notebooks.notebooks',
+    ),
+    CheckData: (
+        'check-data',
+        'Look into a folder of downloads: what is there, what is missing for which protocol, what to type.',
+        'commands.check_data.check_data',
     ),
 }
 

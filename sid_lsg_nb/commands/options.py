@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 # %% auto #0
-__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Demo', 'Export', 'Import', 'Notebooks', 'Bench']
+__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Demo', 'Export', 'Import', 'Notebooks', 'CheckData', 'Bench']
 
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
@@ -153,6 +153,13 @@ class Notebooks:
     "The chapters as notebooks that run with the installed package"
     folder: tyro.conf.Positional[str] # to write to; new, or empty
     overwrite: bool = False           # a folder that holds chapters already: write them anew, leave other files
+
+@dataclass(frozen=True)
+class CheckData:
+    "What lies in a folder of downloads, and what is missing for which protocol"
+    folder: tyro.conf.Positional[str] # with published checkpoints, pictures, captions, weights
+    protocol: tuple[str, ...] = ()    # only these; status 1 if one of them lacks something
+    sha256: bool = False              # also read the large files and compare their hashes
 
 # %% ../../nbs/7_commands/01_options.ipynb #1d26fdb0
 @dataclass(frozen=True)

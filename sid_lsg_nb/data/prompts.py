@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from io import TextIOWrapper
+from io import BytesIO, TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 import numpy as np
@@ -179,22 +179,39 @@ def _uneven(path, n, row, head, mark)->str:
     return (f'{_name(path)}, line {n} has {len(row)} fields between {DELIMITERS[mark]} '
             f'and the first line {len(head)}; {cure}')
 
+_LONGEST_CAPTION = 65_536                                                  # bytes; a longer .txt in an archive is a list
+
+def _list_rows(name:str, f)->Iterator[tuple[str, dict]]: # f: a .txt, open as bytes
+    "A list of prompts inside an archive, line by line"
+    for n, line in enumerate(f, 1):
+        yield f'{name}, line {n}', {'txt': line.removeprefix(b'\xef\xbb\xbf').decode()}
+
 def tar_rows(path:Path, f)->Iterator[tuple[str, dict]]:
-    "WebDataset: one record per sample, made of its .json and its .txt, which is the column `txt`"
-    key, row = None, {}
+    """WebDataset: one record per sample, made of its .json and its .txt, which is the column `txt`. A .txt that no
+    caption could be, for its length or for being the only file, is a list of prompts, one per line"""
+    key, row, files = None, {}, 0
     with tarfile.open(fileobj=f, mode='r|*') as tar:
         for m in tar:
             stem, _, kind = m.name.rpartition('.')
-            if not m.isfile() or kind not in ('txt', 'json'): continue
+            if not m.isfile() or os.path.basename(stem).startswith('.'): continue   # a Mac's ._ files
+            files += 1
+            if kind not in ('txt', 'json'): continue
+            if kind == 'txt' and m.size > _LONGEST_CAPTION:
+                yield from _list_rows(m.name, tar.extractfile(m))
+                continue
             if key not in (None, stem):
                 yield key, row
                 row = {}
             key, data = stem, tar.extractfile(m).read()
-            try: row |= {'txt': data.decode()} if kind == 'txt' else json.loads(data)
-            except (ValueError, TypeError) as e:
-                raise InputError(f'{_name(path)}: {m.name} in it cannot be read ({type(e).__name__}); '
-                                 'write it as UTF-8 text, or as a JSON record') from e
-    if key is not None: yield key, row
+            row |= _sample_file(path, m.name, kind, data)
+    if files == 1 and 'txt' in row: yield from _list_rows(f'{key}.txt', BytesIO(data))
+    elif key is not None: yield key, row
+
+def _sample_file(path, name:str, kind:str, data:bytes)->dict:
+    try: return {'txt': data.decode()} if kind == 'txt' else dict(json.loads(data))
+    except (ValueError, TypeError) as e:
+        raise InputError(f'{_name(path)}: {name} in it cannot be read ({type(e).__name__}); '
+                         'write it as UTF-8 text, or as a JSON record') from e
 
 # %% ../../nbs/3_data/02_prompts.ipynb #aab79c97
 def infer_type(values:Iterable)->str:
@@ -311,7 +328,7 @@ READERS = { # ending -> (columns of a file, entries of a file)
 _SAME = dict(jsonl='json', ndjson='json', tsv='csv', pq='parquet', feather='arrow')
 READERS |= {f'.{same}': READERS[f'.{kind}'] for same, kind in _SAME.items()}
 SUPPORTED_FILES = ('.txt, .jsonl, .json, .csv, .tsv, each also with .gz, .parquet, .arrow, .feather '
-                   'or .tar (WebDataset)')
+                   'or .tar (WebDataset, or lists of prompts)')
 
 _UNSAFE = 'such files can run code and are not opened: write the prompts as text, one per line'
 _OTHER_FILES = {
