@@ -196,3 +196,25 @@ def test_options_that_the_chapters_name_exist():
     }
     assert len(found) >= 45
     assert not {(name, w) for name, w in found if w not in OWN | OTHERS}
+
+
+def test_measured_rows_of_the_bundled_teacher():
+    "Each number of the table in embedded/README.md is a stored score, rounded"
+    rows = json.loads((EMBEDDED/'rows.json').read_text())['rows']
+    sweep = json.loads((ROOT/'nbs/images/embedded_run.json').read_text())['teacher']
+    stored = {}
+    for r in rows:
+        words = {'real': 'other real pictures (the floor)', 'teacher': f'teacher, CFG {r["how"].get("kappa", 0):g}'}
+        stored[words.get(r['how']['pictures']), r['captions']] = r['scores'][-1]
+    for s in sweep: stored.setdefault((f'teacher, CFG {s["name"].split()[-1]}', 'trained'), s)
+    table = [l.split(' | ') for l in (EMBEDDED/'README.md').read_text().splitlines() if 'CFG' in l or '(the floor)' in l]
+    assert len(table) == 8
+    for name, captions, n, fd, kid, *rest in table:
+        s = stored[name.strip('| '), 'held-out' if 'held out' in captions else 'trained']
+        assert int(n.replace(',', '')) == s['n']
+        shown = [fd.split(' ± ')[0], kid, rest[0], *rest[1:3], rest[3].strip(' |')]
+        exact = [s['tiny_fd'], s['tiny_kid'] and 1000*s['tiny_kid'], s['tiny_clip'],
+                 *(100*s[k] for k in ('concept', 'style', 'color'))]
+        for text, value in zip(shown, exact, strict=True):
+            if text == '-': assert value is None
+            else: assert text == f'{value:.{len(text.split(".")[1])}f}', (name, text, value)
