@@ -53,6 +53,8 @@ QUESTIONS = dict(
     precision=[BASE, 'bf16', 'pure-bf16'], teacher=['undistilled', 'teacher, CFG 1', 'teacher, CFG 1.5', 'teacher, CFG 3'],
     fp16=['fp32, a quarter', 'bf16, a quarter', 'pure-bf16, a quarter', 'pure-fp16, a quarter'],
     longer=[f'{name}, longer' for name in ('no CFG', BASE, 'LSG 2', 'long 2')])
+# what the preset said when these questions were asked; later it got another range of times
+THEN = dict(t_max=980, lr=1e-4, lr_fake=1e-4, lr_scheduler='constant', ema_halflife=2_000, ema_rampup=.2)
 HELD = 4321                                     # picks the captions for scoring, and numbers their pictures; never used for training
 
 def captions(which:str, n:int, seed:int)->list[str]:
@@ -68,7 +70,9 @@ def prepare(setting:Setting, seed:int, nimg:int, n:int, batch:int): # the traine
     "A run of the trainer, ready to iterate"
     with tempfile.TemporaryDirectory() as tmp:
         (file := Path(tmp)/'captions.txt').write_text('\n'.join(captions(setting.captions, n, seed)) + '\n')
-        job = setup(Config(**dict(prompts=str(file), seed=seed, max_train_images=max(nimg, batch), total_batch_size=batch, student_steps=setting.steps, device='cpu') | setting.options))
+        job = setup(Config(**THEN | dict(
+            prompts=str(file), seed=seed, max_train_images=max(nimg, batch), total_batch_size=batch,
+            student_steps=setting.steps, device='cpu') | setting.options))
     return job
 
 def run(setting:Setting, seed:int, nimg:int, n:int, batch:int, scorer:TinyClip)->dict: # training_seconds: wall, processor
@@ -104,7 +108,7 @@ def main(
 ):
     "Distil the bundled teacher under many settings, and compare"
     torch.set_num_threads(threads)
-    settings = dict(nimg=nimg, n=n, batch=batch, held=HELD, threads=threads, lr=Config().lr, base=BASE)
+    settings = dict(nimg=nimg, n=n, batch=batch, held=HELD, threads=threads, lr=THEN['lr'], base=BASE)
     result = json.loads(out.read_text()) if out.exists() else dict(machine=machine(), date=date.today().isoformat(), minutes=0., settings=settings, questions=QUESTIONS, runs=[])
     if result['settings'] != settings: raise InputError(f'{out} was made with {result["settings"]}, not with {settings}; give another --out')
     done, scorer = {(r['name'], r['seed']) for r in result['runs']}, TinyClip()

@@ -14,7 +14,7 @@ from datetime import date
 from pathlib import Path
 import torch
 from sid_lsg_nb.teachers.stable_diffusion import load_sd
-from sid_lsg_nb.metrics.stored_rows import by_teacher, row_or_draw
+from sid_lsg_nb.metrics.stored_rows import by_teacher, row_hashes, row_or_draw
 from sid_lsg_nb.metrics.tiny import TinyClip, load_captions
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.drawing import many_step_draw
@@ -40,8 +40,9 @@ def machine() -> str:
     )
     return f'{where}, torch {torch.__version__.split("+")[0]}'
 
-def teacher_scores(scales=(1.0, 1.25, 1.5, 2.0, 3.0)) -> list[dict]:
-    "The teacher's row at several guidance scales, one pass over the captions each"
+def teacher_scores(before: dict, scales=(1.0, 1.25, 1.5, 2.0, 3.0)) -> list[dict]:
+    "The teacher's row at several guidance scales, one pass over the captions each; those of before, if nothing changed"
+    if before.get('teacher_sha256') == row_hashes(): return before['teacher']
     teacher, scorer, captions, steps = load_sd(), TinyClip(), load_captions(), Config().teacher_steps
     row = lambda k: row_or_draw(
         f'teacher, {steps} steps, CFG {k:g}', by_teacher(steps, k), many_step_draw(teacher, k, steps), scorer,
@@ -76,8 +77,9 @@ def main(options: list[str]):
             again = Path(tmp) / str(seed)
             minutes = distill(again, [*options, '--seed', str(seed), '--sample-every', '0'])
             run['more'].append(dict(seed=seed, minutes=minutes, scores=read(again / 'scores.json')))
-    run['teacher'] = teacher_scores()
-    (IMAGES / 'embedded_run.json').write_text(json.dumps(run) + '\n')
+    file = IMAGES / 'embedded_run.json'
+    run |= dict(teacher_sha256=row_hashes(), teacher=teacher_scores(read(file)))
+    file.write_text(json.dumps(run) + '\n')
 
 
 if __name__ == '__main__':

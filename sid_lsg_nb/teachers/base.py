@@ -181,6 +181,8 @@ class Teacher:
     def prompts(self)->list[str]: raise NotImplementedError # all that there are, where it `brings_prompts`
     @property
     def default_t_init(self)->float: return self.schedule.sigma_to_t(SIGMA_INIT) # the generator's time
+    @property
+    def default_range(self)->tuple: return self.schedule.default_range # times of x_t in training, [t_min, t_max)
 
     def modules(self)->dict[str, nn.Module]:
         "All networks by name"

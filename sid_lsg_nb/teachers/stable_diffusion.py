@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SD_LAYOUT', 'SD15_UNET', 'SD21_UNET', 'SD_VAE', 'CLIP_L', 'CLIP_H', 'SD_SCHEDULER', 'CLIP_PAD', 'SD_FILES',
-           'SD_SHAPES', 'SD_TAGS', 'bundled_file', 'check_sd_parts', 'UNetDenoiser', 'sd_shapes',
+           'SD_SHAPES', 'BUNDLED_RANGE', 'SD_TAGS', 'bundled_file', 'check_sd_parts', 'UNetDenoiser', 'sd_shapes',
            'StableDiffusionTeacher', 'load_sd', 'random_sd', 'count_weights', 'load_sd_student']
 
 # %% ../../nbs/2_teachers/05_stable_diffusion.ipynb #c2a0dbe0
@@ -119,6 +119,7 @@ def sd_shapes(
 SD_SHAPES = { # as published
     'sd15': sd_shapes(SD15_UNET, 123.1, 83.7, 'stable-diffusion-v1-5/stable-diffusion-v1-5'),
     'sd21-base': sd_shapes(SD21_UNET, 340.4, 83.7, 'stabilityai/stable-diffusion-2-1-base')}
+BUNDLED_RANGE = 20, 400 # of training times; later nothing but the prompt is left of 8x8 latents, and guidance leads away
 SD_TAGS = 'text-to-image', 'diffusers', 'stable-diffusion', 'one-step', 'distillation', 'sid-lsg'
 
 @dataclass
@@ -159,6 +160,10 @@ class StableDiffusionTeacher(PipelineTeacher):
         if not (folder/'unet/config.json').is_file(): return super().shapes(path)
         config = json.loads((folder/'unet/config.json').read_text())
         return sd_shapes(config, *(count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae')))
+
+    @property
+    def default_range(self)->tuple: # of training times
+        return BUNDLED_RANGE if self.path == 'embedded' else super().default_range
 
     @classmethod
     def single_files(cls)->dict[str, SingleFileModel]:

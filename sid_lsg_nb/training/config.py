@@ -75,7 +75,7 @@ class Config:
     timestep_sampling: str = 'uniform'
     timestep_sampling_fake: str | None = None # the same in the fake's steps; default: the same
     # times of x_t are drawn from [t_min, t_max), the ends teach little and are noisy; default: 20 and 980 of
-    # a table's 1000, .02 and .98 of a flow, 0 and 800 of EDM
+    # a table's 1000 (20 and 400 for the bundled teacher), .02 and .98 of a flow, 0 and 800 of EDM
     t_min: int | float | None = None
     t_max: int | float | None = None # the upper end of these times; default: see t_min
     # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
@@ -104,11 +104,11 @@ class Config:
     # at most so many at once in one process (memory); default: all of its share
     micro_batch: int | None = None
     gradient_accumulation_steps: int | None = None # micro-batches per step; default: as many as it takes
-    lr: float = 1e-4               # of the generator; presets of full size have 1e-6, those of CIFAR-10 1e-5
-    lr_fake: float = 1e-4          # fake; equal to lr in the published runs
+    lr: float = 2e-4               # of the generator; presets of full size have 1e-6, those of CIFAR-10 1e-5
+    lr_fake: float = 2e-4          # fake; equal to lr in the published runs
     # how both go down until max_train_images; constant in the published runs (with a warm-up it is what
     # diffusers calls constant_with_warmup)
-    lr_scheduler: Literal['constant', 'linear', 'cosine'] = 'constant'
+    lr_scheduler: Literal['constant', 'linear', 'cosine'] = 'linear'
     lr_warmup: int = 0             # images over which both rise from 0
     adam_epsilon: float | None = None # default: 1e-8; 1e-6 with weights in fp16, 1e-4 in bf16
     # clip each number of the gradient to +- this value (the max_grad_norm of diffusers is another thing: a
@@ -133,12 +133,12 @@ class Config:
     compile: bool = False          # torch.compile the networks: minutes to start, then faster
     channels_last: bool = False    # memory layout that convolutions in 16 bits prefer
     # images until half of an old weight is forgotten; 50,000 in the published runs
-    ema_halflife: float = 2_000
+    ema_halflife: float = 1_000
     # more of them, averaged beside the first; at the end a score says which average is exported (the table's,
     # taken from other noise, or that of --eval-reference)
     more_ema_halflives: tuple[float, ...] = ()
     # early on the half-life is this part of the images seen; 0.05 in the published runs
-    ema_rampup: float = 0.2
+    ema_rampup: float = 0.5
     seed: int = 0                  # of noise, times, prompts and pictures
     device: str = 'auto'           # auto, cpu, cuda, cuda:1, mps
     log_every: int = 160           # images between lines of log.jsonl; 0: only at checkpoints and at the end

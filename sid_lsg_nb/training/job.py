@@ -93,7 +93,7 @@ def with_times(recipe: Recipe, teacher: Teacher) -> Recipe:
     teacher.check_t_init(t_init)
     ends = {
         k: usual if getattr(recipe, k) is None else getattr(recipe, k)
-        for k, usual in zip(('t_min', 't_max'), schedule.default_range)}
+        for k, usual in zip(('t_min', 't_max'), teacher.default_range)}
     recipe = replace(recipe, t_init=t_init, **ends)
     for name in (recipe.timestep_sampling, recipe.timestep_sampling_fake or recipe.timestep_sampling):
         schedule.sample_time(1, recipe.t_min, recipe.t_max, sampling=name)
