@@ -12,7 +12,7 @@ from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, CheckData, Compare, Demo, Evaluate, Export, Import, Notebooks
-from .commands.options import Sample, Status
+from .commands.options import Sample, Status, Watch
 from .training.config import GROUPS, Config, check
 from .training.presets import PRESETS, HUB_PRESET, published_scores
 from .training.config import grouped_settings
@@ -193,6 +193,11 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
         'demo',
         'A page in the browser: type a prompt, see teacher and students draw it from the same noise.',
         'commands.demo.demo',
+    ),
+    Watch: (
+        'watch',
+        'A page in the browser on a run in progress: curves, newest pictures, time left, alarms.',
+        'commands.demo.watch',
     ),
     Export: (
         'export',

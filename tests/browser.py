@@ -66,7 +66,9 @@ class Browser:
         if event.get('method') == 'Runtime.exceptionThrown': self.complaints.append(p['exceptionDetails']['text'])
         if event.get('method') == 'Log.entryAdded': self.complaints.append(p['entry']['text'])
 
-    def open(self, url): self.ask('Page.navigate', url=url)
+    def open(self, url):
+        self.ask('Page.navigate', url=url)
+        self.wait(f'location.href == {url!r} && document.readyState == "complete"')
 
     def js(self, code):
         "Value of an expression on the page"

@@ -1,10 +1,11 @@
-"""`sid-lsg demo` as people use it: a page is served, a browser opens it, types a prompt and presses the button."""
+"""The pages as people use them: one is served, a browser opens it, types a prompt and presses the button."""
 
-import http.client, os, re, signal, subprocess, sys, time
+import http.client, json, os, re, signal, subprocess, sys, threading, time
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import SimpleNamespace
 import pytest
+from PIL import Image
 from browser import CHROMIUM, Browser
 from sid_lsg_nb.core import InputError
 from sid_lsg_nb.teachers.registry import open_teacher
@@ -104,4 +105,43 @@ def test_a_prompt_is_typed_and_two_pictures_come(port):
         page.wait('document.body.innerText.includes("type a prompt first")')
         elsewhere = [r for r in page.requests if not r.startswith((f'http://127.0.0.1:{port}/', 'data:'))]
         assert page.requests and not elsewhere
+        assert not page.complaints
+
+@contextmanager
+def watched(folder):
+    "The address of a page on a run, served from this process"
+    from sid_lsg_nb.commands.demo import serve, watch_page
+
+    page = watch_page(folder, every=1)
+    serving = threading.Thread(target=serve, args=(page, SimpleNamespace(port=None, browser=False, share=False)))
+    serving.start()
+    try:
+        end = time.monotonic() + 60
+        while not getattr(page, 'server_port', None):
+            assert serving.is_alive() and time.monotonic() < end
+            time.sleep(.1)
+        yield page.server_port
+    finally:
+        page.close()
+        serving.join(30)
+
+def line(nimg, **more):
+    return json.dumps(dict(nimg=nimg, loss=-.1, norm=2., fisher=3., img_per_s=40.) | more) + '\n'
+
+@in_browser
+def test_a_run_is_followed_from_before_it_begins(tmp_path):
+    folder = tmp_path / 'a-run'
+    with watched(folder) as port, Browser() as page:
+        page.open(f'http://127.0.0.1:{port}/')
+        page.wait('document.body.innerText.includes("Waiting for a run")')
+        run_folder(Config(max_train_images=8_000, out=str(folder)))
+        page.wait('document.body.innerText.includes("begun; nothing logged yet")')
+        (folder / 'log.jsonl').write_text(line(800) + line(1600) + '{"nimg": 2400, "lo')
+        page.wait('document.body.innerText.includes("1,600 of 8,000") && document.querySelector("#curves svg")')
+        Image.new('RGB', (64, 64), 'red').save(folder / 'samples' / '000002400.png')
+        (folder / 'log.jsonl').write_text(line(800) + line(1600) + line(2400, alarm=['norm']))
+        page.wait('document.body.innerText.includes("2,400 of 8,000") && document.querySelector("#sheets img")')
+        said = page.js('document.body.innerText')
+        assert '30.0%, running' in said and 'alarm on 1 line(s), the last at 2,400 images' in said
+        assert not [r for r in page.requests if not r.startswith((f'http://127.0.0.1:{port}/', 'data:'))]
         assert not page.complaints

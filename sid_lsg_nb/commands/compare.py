@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FINAL_SCORES', 'Point', 'CURVES', 'STYLE', 'PAGE', 'read_final_scores', 'load_shown_result', 'ScoreRow',
            'ScoreTables', 'score_tables', 'curve_points', 'Frame', 'curve_svg', 'shared_settings', 'draw_curves',
-           'column_letter', 'run_card', 'table_html', 'png_data_uri', 'Column', 'image_cell', 'image_rows',
-           'about_noise', 'render_page', 'is_file', 'choose_prompts', 'choose_teacher', 'check_compare',
+           'column_letter', 'run_card', 'table_html', 'image_data_uri', 'png_data_uri', 'Column', 'image_cell',
+           'image_rows', 'about_noise', 'render_page', 'is_file', 'choose_prompts', 'choose_teacher', 'check_compare',
            'open_students', 'sample_column', 'draw_columns', 'compare']
 
 # %% ../../nbs/7_commands/06_compare.ipynb #2f84fe93
@@ -97,13 +97,13 @@ def score_tables(sources:list[ImageSource])->dict[str, list[ScoreRow]]: # by how
     return tables.rows
 
 # %% ../../nbs/7_commands/06_compare.ipynb #87b4527b
-Point = tuple[float, float] # images seen, log10 of the value
+Point = tuple[float, float] # images seen, log10 of the value (or, if linear, the value)
 
 
-def curve_points(log:list[dict], key:str, most:int=240)->list[Point]:
+def curve_points(log:list[dict], key:str, most:int=240, linear:bool=False)->list[Point]:
     "What can be drawn of a log, thinned out"
-    is_positive = lambda v: isinstance(v, (int, float)) and math.isfinite(v) and v > 0
-    points = [(r['nimg'], math.log10(r[key])) for r in log if is_positive(r.get(key))]
+    can_be_drawn = lambda v: isinstance(v, (int, float)) and math.isfinite(v) and (linear or v > 0)
+    points = [(r['nimg'], r[key] if linear else math.log10(r[key])) for r in log if can_be_drawn(r.get(key))]
     return points[:-1][::max(1, len(points)//most)] + points[-1:]
 
 
@@ -119,13 +119,14 @@ class Frame:
         return cls(max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points))
 
 
-def curve_svg(points:list[Point], frame:Frame, title:str, w:int=220, h:int=64)->str:
+def curve_svg(points:list[Point], frame:Frame, title:str, w:int=220, h:int=64, linear:bool=False)->str:
     "A curve as SVG, with its ends written beside it"
     if not points: return ''
     span, title = (frame.high - frame.low) or 1, html.escape(title)
     at = lambda x, y: f'{w*x/max(frame.end, 1):.1f},{h - 4 - (h - 8)*(y - frame.low)/span:.1f}'
     line = ' '.join(at(x, y) for x, y in points)
-    ends = f'{10**points[0][1]:.3g} to {10**points[-1][1]:.3g}'
+    first, last = (y if linear else 10**y for y in (points[0][1], points[-1][1]))
+    ends = f'{first:.3g} to {last:.3g}'
     return (f'<figure class="curve"><figcaption>{title}: {ends}</figcaption>'
             f'<svg viewBox="0 0 {w} {h}" preserveAspectRatio="none" role="img" aria-label="{title}">'
             f'<path class="floor" d="M0 {h - .5}H{w}"/><polyline points="{line}"/></svg></figure>')
@@ -233,12 +234,17 @@ def table_html(how:str, rows:list[ScoreRow])->str:
             f'{body}</table></div><p class="protocol">{html.escape(details)}</p>')
 
 
+def image_data_uri(im:Image.Image)->str:
+    "A picture to put into a page"
+    im.save(out := io.BytesIO(), 'PNG')
+    return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
+
+
 def png_data_uri(x:torch.Tensor, size:int)->tuple[str, int]: # [3,H,W] in [-1,1] -> a data URI, the longer side
     "A picture to put into a page, made smaller where its longer side is over `size`"
     im = Image.fromarray(to_uint8(x[None])[0])
     im.thumbnail((size, size), Image.Resampling.LANCZOS)
-    im.save(out := io.BytesIO(), 'PNG')
-    return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode(), max(im.size)
+    return image_data_uri(im), max(im.size)
 
 # %% ../../nbs/7_commands/06_compare.ipynb #529fdb94
 @dataclass(frozen=True)

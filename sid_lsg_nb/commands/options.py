@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 # %% auto #0
-__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Demo', 'Export', 'Import', 'Notebooks', 'CheckData', 'Bench']
+__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Demo', 'Watch', 'Export', 'Import', 'Notebooks', 'CheckData', 'Bench']
 
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
@@ -107,6 +107,16 @@ class Demo:
     browser: bool = True         # open the page in a browser
     share: bool = False          # give the page a public address for three days, through a server of gradio's makers
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
+
+# %% ../../nbs/7_commands/01_options.ipynb #01optwatc1
+@dataclass(frozen=True)
+class Watch:
+    "A page in the browser on a run in progress"
+    run: tyro.conf.Positional[str] = '' # run folder, also one that is still to be made; default: the newest below runs/
+    every: float = 5             # seconds between two looks at the folder, at least 1
+    port: int | None = None      # this and the following as for demo
+    browser: bool = True
+    share: bool = False
 
 # %% ../../nbs/7_commands/01_options.ipynb #7d4f5e60
 @dataclass(frozen=True)
