@@ -22,10 +22,10 @@ from .training.run_folder import resume_folder, saved_config, settings_in_file
 from .commands.status import status
 
 # %% auto #0
-__all__ = ['COMMANDS', 'NO_NETWORKS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'student_and_prompts', 'sample',
-           'is_distributed', 'last_value', 'default_preset', 'defaults_of', 'print_status', 'print_help',
-           'without_option', 'require_named', 'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error',
-           'end_process', 'main']
+__all__ = ['COMMANDS', 'NO_NETWORKS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'require_prompt',
+           'student_and_prompts', 'sample', 'is_distributed', 'last_value', 'default_preset', 'defaults_of',
+           'print_status', 'print_help', 'without_option', 'require_named', 'command_of', 'parse', 'silence_libraries',
+           'read_command', 'print_error', 'end_process', 'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -55,31 +55,38 @@ def warn_unknown_words(prompts: list[str]):
         )
 
 
+def require_prompt(args: Sample) -> Sample:
+    "The same; raises `InputError` where nothing is asked for"
+    if args.text or args.prompts or ' ' in args.student.strip(): return args
+    raise InputError(
+        'no prompt given; add one in quotes: sid-lsg sample RUN "a 3d fox on a white background", or --prompts FILE; '
+        'RUN is a folder, or "shipped", and may be left away')
+
+
 def student_and_prompts(args: Sample) -> tuple[str, list[str]]:  # a folder, the prompts
     "What stands without a flag: without a folder in front all are prompts, for the shipped student; raises `InputError`"
-    from sid_lsg_nb.data.prompts import open_prompts
-    from sid_lsg_nb.export.shipped_student import shipped_student
-
-    first, text = args.student, args.text
+    first, text = require_prompt(args).student, args.text
     if ' ' in first.strip() and not Path(first).expanduser().exists():
         first, text = '', (first, *text)
-    prompts = [*text, *(open_prompts(args.prompts) if args.prompts else [])]
-    if not prompts:
-        raise InputError(
-            'no prompt given; add one in quotes: sid-lsg sample RUN "a 3d fox on a white background", or --prompts FILE; '
-            'RUN is a folder, or "shipped", and may be left away')
+    prompts = list(text)
+    if args.prompts:
+        from sid_lsg_nb.data.prompts import open_prompts
+
+        prompts += open_prompts(args.prompts)
     if first not in ('', 'shipped'): return first, prompts
+    from sid_lsg_nb.export.shipped_student import shipped_student
+
     print('drawn by the student that comes with the package; one of your own: sid-lsg distill')
     return str(shipped_student()), prompts
 
 
 def sample(args: Sample) -> Path:  # the folder
     "Draw, save, and say where; raises `InputError` before anything is written"
+    where, prompts = student_and_prompts(args)
     from PIL import Image
     from tqdm.auto import tqdm
     from sid_lsg_nb.teachers.registry import open_student
 
-    where, prompts = student_and_prompts(args)
     run = find_run_config(where)
     steps = run.student_steps if args.steps is None else args.steps
     if steps < 1 or args.batch < 1:
@@ -330,6 +337,7 @@ def read_command(argv: list[str]):  # an instance of one of the dataclasses
         with raised_on_all_ranks(last_value(argv, '--device', 'auto')):
             return parse(argv)
     args = parse(argv)
+    if isinstance(args, Sample): return require_prompt(args)
     return check(args) if isinstance(args, Config) else args
 
 

@@ -9,7 +9,7 @@ from sid_lsg_nb.testing import tiny_pipeline
 
 FLAGS = (
     '--preset embedded --teacher teacher --prompts p.txt --total-batch-size 4 --log-every 4 --sample-every 800 '
-    '--checkpoint-every 8 --teacher-steps 2 --device cpu'
+    '--checkpoint-every 8 --teacher-steps 2 --device cpu --lr 1e-4 --lr-fake 1e-4 --lr-scheduler constant'
 ).split()
 LEFT = {
     'ACCELERATE_USE_DEEPSPEED': 'true', 'ACCELERATE_USE_FSDP': 'true', 'FSDP_CPU_RAM_EFFICIENT_LOADING': 'true',

@@ -11,7 +11,8 @@ from sid_lsg_nb.testing import tiny_sd3
 
 FLAGS = (
     '--preset embedded --total-batch-size 8 --micro-batch 2 --log-every 8 --sample-every 800 --checkpoint-every 16 '
-    '--checkpoints-total-limit 9 --teacher-steps 2 --device cpu --kappa 1.5'
+    '--checkpoints-total-limit 9 --teacher-steps 2 --device cpu --kappa 1.5 '
+    '--lr 1e-4 --lr-fake 1e-4 --lr-scheduler constant'
 ).split()
 
 @pytest.fixture(scope='module')

@@ -68,6 +68,7 @@ def main(options: list[str]):
             machine=machine(),
             date=date.today().isoformat(),
             minutes=minutes,
+            threads=torch.get_num_threads(),
             config={k: v for k, v in read(out / 'config.json').items() if k != 'out'},
             scores=read(out / 'scores.json'),
             log=[json.loads(l) for l in (out / 'log.jsonl').read_text().splitlines()],
