@@ -9,7 +9,7 @@ from configparser import ConfigParser
 from dataclasses import dataclass
 from importlib.metadata import packages_distributions
 
-LIB, MAX_LINES, MAX_KB, MAX_EMBEDDED_MB, MAX_WIDTH, MAX_WIDE = 'sid_lsg_nb', 40, 600, 12, 120, 0.01
+LIB, MAX_LINES, MAX_KB, MAX_EMBEDDED_MB, MAX_WIDTH, MAX_WIDE = 'sid_lsg_nb', 40, 600, 16, 120, 0.01
 NUMBER, DEFAULT_EXP = re.compile(r'(\d+)_'), re.compile(r'^#\|\s*default_exp\s+(\S+)', re.M)
 MACHINE_PATH = re.compile(r'(?<![\w.])/(?:home|root|Users|work|mnt)/\S{1,40}')
 TEXT = set('.py .md .qmd .ipynb .ini .yml .yaml .toml .txt .cfg .cff .in .css .json .sh .svg'.split())

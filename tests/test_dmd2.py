@@ -191,7 +191,8 @@ def config(place, **k):
     base = dict(
         method=f'{FILE}:dmd2', real_images=str(place / 'real'), fake_updates=3, gan_freeze_generator_until=0,
         gan_start=8,
-        device='cpu', total_batch_size=8, max_train_images=32, sample_every=0, checkpoint_every=16, log_every=8,
+        device='cpu', lr_scheduler='constant',
+        total_batch_size=8, max_train_images=32, sample_every=0, checkpoint_every=16, log_every=8,
         n_eval=0, checkpoints_total_limit=4)
     return Config(**base | k)
 
