@@ -64,7 +64,7 @@ def require_prompt(args: Sample) -> Sample:
 
 
 def student_and_prompts(args: Sample) -> tuple[str, list[str]]:  # a folder, the prompts
-    "What stands without a flag: without a folder in front all are prompts, for the shipped student; raises `InputError`"
+    "Words without a flag; without a folder in front all are prompts, for the shipped student; raises `InputError`"
     first, text = require_prompt(args).student, args.text
     if ' ' in first.strip() and not Path(first).expanduser().exists():
         first, text = '', (first, *text)

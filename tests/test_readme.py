@@ -207,7 +207,8 @@ def test_measured_rows_of_the_bundled_teacher():
         words = {'real': 'other real pictures (the floor)', 'teacher': f'teacher, CFG {r["how"].get("kappa", 0):g}'}
         stored[words.get(r['how']['pictures']), r['captions']] = r['scores'][-1]
     for s in sweep: stored.setdefault((f'teacher, CFG {s["name"].split()[-1]}', 'trained'), s)
-    table = [l.split(' | ') for l in (EMBEDDED/'README.md').read_text().splitlines() if 'CFG' in l or '(the floor)' in l]
+    lines = (EMBEDDED/'README.md').read_text().splitlines()
+    table = [l.split(' | ') for l in lines if 'CFG' in l or '(the floor)' in l]
     assert len(table) == 8
     for name, captions, n, fd, kid, *rest in table:
         s = stored[name.strip('| '), 'held-out' if 'held out' in captions else 'trained']

@@ -67,6 +67,7 @@ class OnlyThePage:
     async def __call__(self, scope:dict, receive:Callable, send:Callable):
         "Answer one request"
         async def send_with_policy(message):
+            "The answer, with the rule that nothing is fetched from elsewhere"
             if message['type'] == 'http.response.start':
                 message['headers'] = [*message['headers'], (b'content-security-policy', POLICY.encode())]
             await send(message)

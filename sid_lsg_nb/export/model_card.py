@@ -243,8 +243,8 @@ def training_line(config:dict, log_rows:list[dict], averages:dict|None=None)->st
 def average_line(averages:dict)->str: # averages.json
     "Which of several averages this is, and why"
     scores = ', '.join(f'{h}: {v:.4g}' for h, v in averages['halflives'].items())
-    return (f'Of averages with several half-lives (in images) this is the one of {averages["best"]}, which has the '
-            f'smallest {averages["score"]} ({scores}; taken of other pictures than the scores above).')
+    return (f'Of averages with several half-lives (in images) this is the one of {averages["best"]}, chosen by its '
+            f'{averages["score"]} ({scores}).')
 
 
 def start_lines(start:StudentStart)->str:

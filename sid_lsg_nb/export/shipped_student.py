@@ -82,7 +82,8 @@ def shipped_student(
         with atomic_folder(run) as tmp: _unpack(Path(folder), tmp)
     except (OSError, ValueError) as e:
         if isinstance(e, InputError): raise
-        raise InputError(f'the shipped student cannot be unpacked ({e}); set HF_HOME to a folder on a disk with room') from e
+        raise InputError(
+            f'the shipped student cannot be unpacked ({e}); set HF_HOME to a folder on a disk with room') from e
     return run
 
 
@@ -90,7 +91,8 @@ def _unpack(folder: Path, run: Path):
     with safe_open(folder/'difference.safetensors', 'pt') as f:
         about, packed = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}
     if about['teacher'] != file_sha256(_UNET):
-        raise InputError(f'{folder} is the difference from another teacher than the bundled one; install the package anew')
+        raise InputError(
+            f'{folder} is the difference from another teacher than the bundled one; install the package anew')
     teacher = load_sd()
     net = teacher.denoiser.copy()
     net.net.load_state_dict(add_difference(teacher.denoiser.net, packed))

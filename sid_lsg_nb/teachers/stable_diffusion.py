@@ -119,7 +119,7 @@ def sd_shapes(
 SD_SHAPES = { # as published
     'sd15': sd_shapes(SD15_UNET, 123.1, 83.7, 'stable-diffusion-v1-5/stable-diffusion-v1-5'),
     'sd21-base': sd_shapes(SD21_UNET, 340.4, 83.7, 'stabilityai/stable-diffusion-2-1-base')}
-BUNDLED_RANGE = 20, 400 # of training times; later nothing but the prompt is left of 8x8 latents, and guidance leads away
+BUNDLED_RANGE = 20, 400 # of training times; later little but the prompt is left of 8x8 latents, and guidance leads away
 SD_TAGS = 'text-to-image', 'diffusers', 'stable-diffusion', 'one-step', 'distillation', 'sid-lsg'
 
 @dataclass
@@ -162,8 +162,11 @@ class StableDiffusionTeacher(PipelineTeacher):
         return sd_shapes(config, *(count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae')))
 
     @property
-    def default_range(self)->tuple: # of training times
-        return BUNDLED_RANGE if self.path == 'embedded' else super().default_range
+    def default_range(self)->tuple:
+        "Of training times"
+        folder = Path(self.path).expanduser().resolve()
+        bundled = self.path == 'embedded' or folder == (EMBEDDED/'teacher').resolve()
+        return BUNDLED_RANGE if bundled else super().default_range
 
     @classmethod
     def single_files(cls)->dict[str, SingleFileModel]:

@@ -405,11 +405,12 @@ def check_averages(config: Config):
     more = config.more_ema_halflives
     if not more: return
     if not all(math.isfinite(h) and h > 0 for h in more) or len({config.ema_halflife, *more}) <= len(more):
-        raise InputError(f'more_ema_halflives {" ".join(f"{h:g}" for h in more)} must be positive numbers, each another '
-                         f'one, and none of them ema_halflife ({config.ema_halflife:g})')
+        given = ' '.join(f'{h:g}' for h in more)
+        raise InputError(f'more_ema_halflives {given} must be positive numbers, each another one, and none of them '
+                         f'ema_halflife ({config.ema_halflife:g})')
     if not config.eval_reference and not (config.teacher == 'embedded' and config.n_eval):
-        raise InputError('--more-ema-halflives needs a score to choose by: --eval-reference FOLDER of real pictures, or '
-                         'the bundled teacher with --n-eval 1 or more')
+        raise InputError('--more-ema-halflives needs a score to choose by: --eval-reference FOLDER of real pictures, '
+                         'or the bundled teacher with --n-eval 1 or more')
 
 
 def check_files(config: Config):

@@ -72,14 +72,16 @@ PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLI
     'sd15-lsg-1.5-24gb':             (SD15,  'lsg',   1.5,   8_806,  None, None, ONE_CARD),
 }
 COMMON = dict(total_batch_size=512, micro_batch=4, lr=1e-6, lr_fake=1e-6, lr_scheduler='constant',
-              ema_halflife=50_000, ema_rampup=.05, log_every=5_120, sample_every=102_400, checkpoint_every=512_000, teacher_kappa=7.5)
+              ema_halflife=50_000, ema_rampup=.05, log_every=5_120, sample_every=102_400, checkpoint_every=512_000,
+              teacher_kappa=7.5)
 def preset_from_row(name:str)->Config:
     "A row as a config"
     teacher, guidance, kappa, kimg, _, _, more = PUBLISHED[name]
     own = dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, max_train_images=kimg*1000)
     return Config(**COMMON | own | more)
 
-# the bundled teacher, in more than four times as many images; an earlier start of the one step, and the best of three averages
+# the bundled teacher, in more than four times as many images: the one step starts at a smaller time, and the best of
+# three averages is exported
 LONG = Config(preset='embedded-long', t_init=450, max_train_images=40_000,
               ema_halflife=4_000, more_ema_halflives=(1_000., 10_000.),
               log_every=800, sample_every=10_000, checkpoint_every=10_000)

@@ -20,8 +20,8 @@ __all__ = ['LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'OF_ONE_RUN',
 
 # %% ../../nbs/6_training/06_run_folder.ipynb #c12fd6eb
 LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
-RUN_FILES = ('config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'averages.json', 'scores.json', 'curves.png',
-             'samples', 'checkpoints', 'generator', 'tensorboard', METHOD_COPY)
+RUN_FILES = ('config.json', 'prompts.json', 'prompts.npy', 'log.jsonl', 'closing.json', 'averages.json',
+             'scores.json', 'curves.png', 'samples', 'checkpoints', 'generator', 'tensorboard', METHOD_COPY)
 def require_run_folder(folder:Path)->Path:
     "A folder where a run began and reached no checkpoint; raises `InputError` for one that holds anything else"
     others = [folder.name]

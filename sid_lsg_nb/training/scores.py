@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHOICE_SEED', 'student_name', 'generators_to_compare', 'SampleGrids', 'closing_rows', 'final_scores',
            'feature_network', 'clip_score', 'evaluation_captions', 'open_evaluation', 'evaluation_scores',
-           'folder_scores', 'average_scores', 'with_best_average', 'describe_averages']
+           'folder_scores', 'average_scores', 'with_best_average']
 
 # %% ../../nbs/6_training/15_scores.ipynb #imports1
 import json, time
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from ..core import atomic_write, read_json_or
+from ..export.model_card import average_line
 from ..data.images import generated_images
 from ..data.prompt_stream import PromptStream
 from ..data.prompts import Prompts, open_prompts
@@ -210,17 +211,11 @@ def with_best_average(job: TrainingJob, folder: Path) -> TrainingJob:
     if not job.more_emas: return job
     averages = {f'{ema.halflife:g}': ema for ema in (job.ema, *job.more_emas)}
     kept = job.processes.broadcast(read_json_or({}, folder/'averages.json'))
-    if kept.get('nimg') != job.nimg or {*kept['halflives']} != {*averages}:
+    if kept.get('nimg') != job.nimg or {*kept.get('halflives', {})} != {*averages}:
         name, scores = average_scores(job)
         kept = dict(nimg=job.nimg, score=name, halflives=scores, best=min(scores, key=scores.get))
         kept = job.processes.broadcast(kept)
         text = json.dumps(kept, indent=1) + '\n'
         job.processes.run_on_main(lambda: atomic_write(folder/'averages.json', text))
-        if job.processes.is_main: print(describe_averages(kept))
+        if job.processes.is_main: print(average_line(kept))
     return replace(job, ema=averages[kept['best']], more_emas=())
-
-
-def describe_averages(kept: dict) -> str:  # averages.json
-    "The choice in a line"
-    scores = ', '.join(f'{h}: {v:.4g}' for h, v in kept['halflives'].items())
-    return f'{kept["score"]} of the averages by half-life in images ({scores}); exported: {kept["best"]}'
