@@ -6,11 +6,11 @@
 __all__ = ['FINAL_SCORES', 'Point', 'CURVES', 'STYLE', 'PAGE', 'read_final_scores', 'load_shown_result', 'ScoreRow',
            'ScoreTables', 'score_tables', 'curve_points', 'Frame', 'curve_svg', 'shared_settings', 'draw_curves',
            'column_letter', 'run_card', 'table_html', 'image_data_uri', 'png_data_uri', 'Column', 'image_cell',
-           'image_rows', 'about_noise', 'render_page', 'is_file', 'choose_prompts', 'choose_teacher', 'check_compare',
-           'open_students', 'sample_column', 'draw_columns', 'compare']
+           'image_rows', 'cost_html', 'about_noise', 'render_page', 'is_file', 'choose_prompts', 'choose_teacher',
+           'check_compare', 'open_students', 'sample_column', 'draw_columns', 'compare']
 
 # %% ../../nbs/7_commands/06_compare.ipynb #2f84fe93
-import base64, html, io, json, math
+import base64, html, io, json, math, time
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -25,7 +25,8 @@ from ..export.model_card import describe_protocol
 from ..training.config import Config
 from ..training.drawing import in_batches
 from .options import Compare
-from .sources import ImageSource, check_sampling, make_sampler, open_source, require_writable, run_summary
+from .sources import ImageSource, check_sampling, make_sampler, network_calls, open_source
+from .sources import require_writable, run_summary
 
 # %% ../../nbs/7_commands/06_compare.ipynb #297641db
 FINAL_SCORES = ('tiny_fd', 'tiny_fd_se', 'tiny_kid', 'tiny_kid_se', 'tiny_clip', 'concept', 'style', 'color')
@@ -203,6 +204,7 @@ PAGE = '''<!doctype html>
 <h1>{title}</h1><p class="soft">{about}</p>
 <h2>Runs</h2><div class="cards">{cards}</div>
 <h2>Scores</h2>{scores}
+<h2>What a picture costs</h2>{costs}
 <h2>Pictures</h2><p class="soft">{pictures_about}</p>
 <div class="wide"><table class="pictures" style="--n:{n}">{pictures}</table></div>
 <footer>sid-lsg-nb {version}</footer></body></html>
@@ -253,6 +255,8 @@ class Column:
     letter: str
     name: str # for people
     images: torch.Tensor # [N,3,H,W] in [-1,1], one for each prompt
+    calls: float = 1. # rows through the network for a picture
+    seconds: float = 0. # for a picture, text and decoding included
 
 
 def image_cell(c:Column, i:int, prompt:str, size:int)->str:
@@ -275,6 +279,17 @@ def image_rows(columns:list[Column], prompts:list[str], seed:int, size:int)->str
     return ''.join(out)
 
 
+def cost_html(columns:list[Column])->str:
+    "Network calls and seconds of each column"
+    row = lambda c: (f'<tr><td><b class="key">{html.escape(c.letter)}</b></td><td>{html.escape(c.name)}</td>'
+                     f'<td>{c.calls:g}</td><td>{c.seconds:.3g}</td></tr>')
+    head = '<tr><th></th><th>drawn by</th><th>network calls</th><th>seconds</th></tr>'
+    about = ('Guidance outside the weights asks the network twice a step. Seconds are those of this machine, text, '
+             'decoding and the first call included.')
+    return (f'<div class="wide"><table class="scores">{head}{"".join(map(row, columns))}</table></div>'
+            f'<p class="soft">{about}</p>')
+
+
 def about_noise(columns:list[Column])->str:
     "What the pictures of one row share"
     sizes = {c.images.shape[1:] for c in columns}
@@ -290,7 +305,7 @@ def render_page(sources:list[ImageSource], columns:list[Column], prompts:list[st
     return PAGE.format(
         title=html.escape(title), style=STYLE, version=__version__, cards=cards, scores=scores or '<p>Not scored.</p>',
         about='Numbers stand in one table only if they were scored by one protocol, field by field.',
-        pictures_about=html.escape(about_noise(columns)), n=len(columns),
+        costs=cost_html(columns), pictures_about=html.escape(about_noise(columns)), n=len(columns),
         pictures=image_rows(columns, prompts, args.seed, args.size))
 
 # %% ../../nbs/7_commands/06_compare.ipynb #f0e418c9
@@ -341,14 +356,18 @@ def check_compare(args:Compare)->Path:
     return out
 
 # %% ../../nbs/7_commands/06_compare.ipynb #137ed2e5
-def open_students(runs:list[str])->list[ImageSource]:
+def open_students(
+    runs:list[str],
+    rivals:bool=False, # may pipelines of others stand among them?
+)->list[ImageSource]:
     "The runs to compare; raises `InputError` for one that is no student, or given twice"
     sources = [open_source(r) for r in runs]
     for r, s in zip(runs, sources):
-        if s.kind == 'student': continue
+        if s.kind == 'student' or rivals and s.kind == 'pipeline': continue
         more = ', and a teacher with --teacher' if s.kind == 'teacher' else ''
+        if rivals and Path(s.path, 'model_index.json').is_file(): more += f'; {r}@ is drawn as its own pipeline does'
         raise InputError(f'{r!r} is no run and no one-step pipeline; give run folders{more}')
-    if len({Path(s.path).resolve() for s in sources}) < len(sources):
+    if len({(Path(s.path).resolve(), *s.options.items()) for s in sources}) < len(sources):
         raise InputError('a run is given twice; give each once')
     if len({s.name for s in sources}) == len(sources): return sources
     return [replace(s, name=r) for r, s in zip(runs, sources)]
@@ -357,8 +376,11 @@ def open_students(runs:list[str])->list[ImageSource]:
 def sample_column(letter:str, s:ImageSource, how:dict, prompts:list[str], args:Compare, device)->Column:
     "The pictures of one column"
     sampler, said = make_sampler(s, device, **how)
-    seeds = range(args.seed, args.seed + len(prompts))
-    return Column(letter, f'{s.name}, {said}', in_batches(sampler, args.batch)(prompts, seeds))
+    seeds, start = range(args.seed, args.seed + len(prompts)), time.perf_counter()
+    images = in_batches(sampler, args.batch)(prompts, seeds)
+    seconds = (time.perf_counter() - start)/len(prompts)
+    calls = sampler.cost()['calls'] if s.kind == 'pipeline' else network_calls(how['steps'], how.get('kappa'))
+    return Column(letter, f'{s.name}, {said}', images, calls, seconds)
 
 
 def draw_columns(args:Compare, sources:list[ImageSource])->tuple[list[Column], list[str]]: # columns, prompts
@@ -366,13 +388,14 @@ def draw_columns(args:Compare, sources:list[ImageSource])->tuple[list[Column], l
     prompts, device = choose_prompts(args, sources[0]), pick_device(args.device)
     teacher, how = choose_teacher(args, sources[0])
     todo = [('T', teacher, how)]*bool(teacher)
-    todo += [(column_letter(i), s, dict(steps=args.steps)) for i, s in enumerate(sources)]
+    drawn = lambda s: {} if s.kind == 'pipeline' else dict(steps=args.steps)
+    todo += [(column_letter(i), s, drawn(s)) for i, s in enumerate(sources)]
     return [sample_column(*t, prompts, args, device) for t in tqdm(todo, unit='column', leave=False)], prompts
 
 
 def compare(args:Compare)->Path: # the page
     "Sample the same prompts with every run and write one page; raises `InputError` with nothing written"
-    out, sources = check_compare(args), open_students(args.runs)
+    out, sources = check_compare(args), open_students(args.runs, rivals=True)
     score_tables(sources)                                        # a file that is no score is told before the work
     columns, prompts = draw_columns(args, sources)
     atomic_write(out, render_page(sources, columns, prompts, args))

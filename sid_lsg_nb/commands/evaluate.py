@@ -204,7 +204,8 @@ def evaluate(args:Evaluate)->ScoreResult: # the same in every process
     with one_line_warnings(processes.is_main):
         r = score_images(
             images, p, reference=reference, features=features, clip=clip, rewards=rewards, compute=compute)
-    r = replace(r, trained_on=trained_on(s, images.captions))
+    cost = images.cost() if images.cost else {}                  # of pipelines of others
+    r = replace(r, values=r.values | cost, trained_on=trained_on(s, images.captions))
     if processes.is_main: report(r, s, images, out if args.out else next_free_file(s.home, r.protocol.name))
     processes.close()
     return r

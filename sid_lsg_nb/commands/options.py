@@ -34,7 +34,9 @@ class Status:
 @dataclass(frozen=True)
 class Evaluate:
     "Score pictures by a protocol, and keep the numbers with all that made them"
-    what: tyro.conf.Positional[str] # run folder, diffusers pipeline, "embedded", or a folder of pictures
+    # run folder, diffusers pipeline (FOLDER@ or FOLDER@steps=4,guidance=0: drawn as its own pipeline does), "embedded",
+    # or a folder of pictures
+    what: tyro.conf.Positional[str]
     # how to score, e.g. coco30k; default: tiny for students of the bundled teacher
     protocol: str = ''
     # the real pictures: a folder, or a file of statistics (npz, safetensors); tiny brings its own
@@ -69,7 +71,9 @@ class Evaluate:
 @dataclass(frozen=True)
 class Compare:
     "Runs side by side on one page: settings, scores, curves, pictures at the same noise and prompts; or ask people"
-    runs: tyro.conf.Positional[tuple[str, ...]] # run folders or one-step pipelines, one column each
+    # run folders or one-step pipelines, one column each; FOLDER@ draws any diffusers pipeline as it wants to be drawn,
+    # FOLDER@steps=4,guidance=0 as you say
+    runs: tyro.conf.Positional[tuple[str, ...]]
     # in quotes, or a text file with one prompt per line; default: the first ones of the first run
     prompts: tuple[str, ...] = ()
     n: int = 8                   # rows from a text file or a run; prompts in quotes are all shown

@@ -224,7 +224,7 @@ def write_study(args:Compare)->Path: # the page
     "Draw every source's pictures and write page and key; raises `InputError` with nothing written"
     from sid_lsg_nb.commands.compare import draw_columns, open_students
 
-    (out, key), sources = check_blind(args), open_students(args.runs)
+    (out, key), sources = check_blind(args), open_students(args.runs, rivals=True)
     columns, prompts = draw_columns(args, sources)
     pairs, study = make_pairs(len(prompts), len(columns)), secrets.token_hex(6)
     pictures = same_size([c.images for c in columns], args.size)

@@ -29,6 +29,7 @@ class ImageSet:
     seed:int|str|None = None # picture i was drawn from seed + i; None: not known
     precision:str|None = None # number format of the network that drew them; None: not known
     files:list[Path]|None = None
+    cost:Callable|None = None # what a picture costs, of what draws and counts: () -> {name: number}
 
     def first(self, n:int): # -> ImageSet
         "The first n; raises `InputError` if there are fewer"
@@ -174,7 +175,7 @@ def generated_images(
         return [im for part in parts for im in _draw_images(draw, [prompts[i] for i in part], [seeds[i] for i in part])]
     in_a_row = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     seed = seeds[0] if in_a_row else f'list {hashlib.sha256(str(seeds).encode()).hexdigest()[:8]}'
-    return ImageSet(get, len(seeds), name, list(prompts), seed, precision)
+    return ImageSet(get, len(seeds), name, list(prompts), seed, precision, cost=getattr(draw, 'cost', None))
 
 # %% ../../nbs/3_data/03_images.ipynb #447879b1
 def batch_ranges(
