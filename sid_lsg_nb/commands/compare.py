@@ -367,7 +367,7 @@ def open_students(
         more = ', and a teacher with --teacher' if s.kind == 'teacher' else ''
         if rivals and Path(s.path, 'model_index.json').is_file(): more += f'; {r}@ is drawn as its own pipeline does'
         raise InputError(f'{r!r} is no run and no one-step pipeline; give run folders{more}')
-    if len({(Path(s.path).resolve(), *s.options.items()) for s in sources}) < len(sources):
+    if len({(Path(s.path).resolve(), *sorted(s.options.items())) for s in sources}) < len(sources):
         raise InputError('a run is given twice; give each once')
     if len({s.name for s in sources}) == len(sources): return sources
     return [replace(s, name=r) for r, s in zip(runs, sources)]

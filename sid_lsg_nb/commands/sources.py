@@ -105,7 +105,9 @@ def open_rival(folder:str, options:dict)->ImageSource:
 
 
 def open_source(
-    what:str, # "embedded", "shipped", a run folder, a pipeline, FOLDER@ to draw it as its own pipeline does, an EDM network, a folder of images, or a hub id
+    # "embedded", "shipped", a run folder, a pipeline (FOLDER@: drawn as its own pipeline does), an EDM network, a folder
+    # of images, or a hub id
+    what:str,
 )->ImageSource:
     "Find out what it is; raises `InputError` if it is nothing that has images"
     if what == 'embedded': return ImageSource('teacher', what, 'the bundled teacher')
