@@ -29,7 +29,8 @@ from .sources import ImageSource, check_sampling, make_sampler, network_calls, o
 from .sources import require_writable, run_summary
 
 # %% ../../nbs/7_commands/06_compare.ipynb #297641db
-FINAL_SCORES = ('tiny_fd', 'tiny_fd_se', 'tiny_kid', 'tiny_kid_se', 'tiny_clip', 'concept', 'style', 'color')
+FINAL_SCORES = ('tiny_fd', 'tiny_fd_se', 'tiny_kid', 'tiny_kid_se', 'tiny_clip', 'concept', 'style', 'color',
+                'diversity', 'diversity_se')
 
 
 def read_final_scores(s:ImageSource)->list[dict]: # name, how, values
@@ -134,7 +135,8 @@ def curve_svg(points:list[Point], frame:Frame, title:str, w:int=220, h:int=64, l
 
 
 CURVES = dict(fisher=f'{DISAGREEMENT}, fisher', tiny_fd='tiny-FD on the way', fid='FID on the way',
-              fd='Fréchet distance on the way', clip='CLIP score on the way')
+              fd='Fréchet distance on the way', clip='CLIP score on the way',
+              diversity='diversity per prompt on the way')
 
 
 def shared_settings(s:ImageSource, key:str)->tuple:
@@ -152,7 +154,8 @@ def draw_curves(sources:list[ImageSource])->list[str]:
         for i, (mine, points) in enumerate(curves):
             if not points: continue
             frame = Frame.around([p for other, ps in curves if other == mine for p in ps])
-            drawings[i] += curve_svg(points, frame, title if key == 'fisher' else f'{title}, n = {mine[0]}')
+            counted = title if key in ('fisher', 'diversity') else f'{title}, n = {mine[0]}'
+            drawings[i] += curve_svg(points, frame, counted)
     return drawings
 
 # %% ../../nbs/7_commands/06_compare.ipynb #a22ef542

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['needs_of', 'requirements_of', 'with_n_images', 'choose_protocol', 'own_captions', 'choose_captions', 'choose_clip',
            'next_free_file', 'images_to_score', 'sampled_images', 'choose_features', 'trained_on', 'zero_shot_note',
-           'check_evaluate', 'evaluate', 'known_floor', 'report']
+           'check_evaluate', 'evaluate', 'diversity_values', 'known_floor', 'report']
 
 # %% ../../nbs/7_commands/05_evaluate.ipynb #699aec23
 import json, re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 import numpy as np
 from ..core import EMBEDDED, InputError
@@ -18,9 +19,12 @@ from ..data.images import ImageSet, file_sha256, images_from_folder, generated_i
 from ..data.prompt_stream import PromptStream, read_prompts
 from ..data.prompts import count_seen, prompt_hashes, open_prompts
 from ..metrics.clip import ClipScore, load_reward, open_clip_score
+from ..metrics.diversity import PICTURES, diversity_prompts, images_diversity, mean_over_prompts
+from ..metrics.diversity import minus_teacher, stored_diversity
 from ..metrics.features import INCEPTION, Compute, FeatureNetwork, bundled_feature_network, download_inception
+from ..metrics.features import load_inception
 from ..metrics.protocols import PROTOCOLS, Protocol, ScoreResult, find_protocol, one_line_warnings, score_images
-from ..metrics.stored_rows import REAL, stored_row
+from ..metrics.stored_rows import REAL, by_teacher, stored_row
 from ..metrics.tiny import trained_captions
 from ..training.distributed import Distributed
 from .options import Evaluate
@@ -183,6 +187,9 @@ def check_evaluate(args:Evaluate, s:ImageSource)->Path: # --out; the working fol
         raise InputError(f'--out {args.out} exists; give another file, or leave --out away')
     require_writable(out.parent if args.out else s.home or Path())
     if args.batch < 1: raise InputError(f'batch {args.batch} must be at least 1')
+    if args.diversity < 0: raise InputError(f'diversity {args.diversity} is a number of prompts; 0: not measured')
+    if args.diversity and s.kind == 'images':
+        raise InputError(f'{s.path!r} is a folder of pictures, none is drawn again; leave --diversity away')
     return out
 
 
@@ -206,9 +213,30 @@ def evaluate(args:Evaluate)->ScoreResult: # the same in every process
             images, p, reference=reference, features=features, clip=clip, rewards=rewards, compute=compute)
     cost = images.cost() if images.cost else {}                  # of pipelines of others
     r = replace(r, values=r.values | cost, trained_on=trained_on(s, images.captions))
+    if args.diversity:
+        r = replace(r, values=r.values | diversity_values(args, s, images, r.protocol, features, compute))
     if processes.is_main: report(r, s, images, out if args.out else next_free_file(s.home, r.protocol.name))
     processes.close()
     return r
+
+
+def diversity_values(
+    args:Evaluate, s:ImageSource, images:ImageSet, p:Protocol,
+    features:FeatureNetwork|str|None, # as for `score_images`
+    compute:Compute,
+)->dict[str, float]:
+    "Diversity per prompt; of a student of the bundled teacher also minus the teacher's, where that is stored"
+    prompts, seed = list(dict.fromkeys(images.captions))[:args.diversity], args.seed or 0
+    if not isinstance(features, FeatureNetwork):
+        bundled = p.features == 'bundled scorer'
+        features = (bundled_feature_network if bundled else partial(load_inception, features))(device=compute.device)
+    found = images_diversity(images, prompts, features, p.preprocess, compute, PICTURES, seed)
+    mean, se = mean_over_prompts(found)
+    values = dict(diversity=mean) | ({} if se is None else dict(diversity_se=se))
+    if s.config is None or s.config.teacher != 'embedded' or p.features != 'bundled scorer': return values
+    theirs = stored_diversity(by_teacher(s.config.teacher_steps, s.config.teacher_kappa))
+    if theirs is None or (prompts, seed) != (diversity_prompts(), 0): return values
+    return values | dict(zip(('diversity_minus_teacher', 'diversity_minus_teacher_se'), minus_teacher(found, theirs)))
 
 
 def known_floor(p:Protocol)->float|None: # None: not known

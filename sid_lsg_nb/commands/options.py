@@ -55,6 +55,8 @@ class Evaluate:
     # default: the protocol's, fetched once
     clip: str = ''
     rewards: tuple[str, ...] = () # further scores: pickscore, imagereward, hpsv2=FILE, aesthetic=FILE
+    # draw so many of the captions 24 times each: how far pictures of one prompt lie apart, e.g. 16; 0: do not
+    diversity: int = 0
     # a page that shows drawn pictures beside real ones: pixels, colours, frequencies, features, nearest neighbours;
     # must not exist, needs --reference FOLDER
     report: str = ''

@@ -67,7 +67,7 @@ def progress_lines(s:RunState)->list[str]:
             *score_lines(s.rows),
             f'  accidents: {s.accidents()}; alarms: {s.alarms}']
 
-SCORES = 'tiny_fd', 'tiny_kid', 'fid', 'kid', 'fd', 'kd', 'clip', 'concept' # that a log may hold
+SCORES = 'tiny_fd', 'tiny_kid', 'fid', 'kid', 'fd', 'kd', 'clip', 'concept', 'diversity' # that a log may hold
 
 def score_lines(rows:list[dict])->list[str]: # one, or none
     "The last scores on the way"

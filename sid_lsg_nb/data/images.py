@@ -30,6 +30,7 @@ class ImageSet:
     precision:str|None = None # number format of the network that drew them; None: not known
     files:list[Path]|None = None
     cost:Callable|None = None # what a picture costs, of what draws and counts: () -> {name: number}
+    redraw:Callable|None = None # (prompts, seeds) -> ImageSet of other pictures, drawn alike; None: files
 
     def first(self, n:int): # -> ImageSet
         "The first n; raises `InputError` if there are fewer"
@@ -175,7 +176,9 @@ def generated_images(
         return [im for part in parts for im in _draw_images(draw, [prompts[i] for i in part], [seeds[i] for i in part])]
     in_a_row = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     seed = seeds[0] if in_a_row else f'list {hashlib.sha256(str(seeds).encode()).hexdigest()[:8]}'
-    return ImageSet(get, len(seeds), name, list(prompts), seed, precision, cost=getattr(draw, 'cost', None))
+    again = lambda prompts, seeds: generated_images(draw, prompts, seeds, batch, precision, name)
+    cost = getattr(draw, 'cost', None)
+    return ImageSet(get, len(seeds), name, list(prompts), seed, precision, redraw=again, cost=cost)
 
 # %% ../../nbs/3_data/03_images.ipynb #447879b1
 def batch_ranges(

@@ -171,6 +171,10 @@ class TinyScore:
     fd_difference_se:float|None=None
     kid_difference:float|None=None
     kid_difference_se:float|None=None
+    diversity:float|None=None # mean cosine distance of pictures of one prompt, over some prompts
+    diversity_se:float|None=None
+    diversity_difference:float|None=None # to the teacher, prompt by prompt
+    diversity_difference_se:float|None=None
 
     def row(self)->str:
         "The row as text"
@@ -183,7 +187,10 @@ class TinyScore:
         "What was subtracted, and what is left"
         fd = _with_error(self.fd_difference, self.fd_difference_se, sign='+')
         kid = _with_error(self.kid_difference, self.kid_difference_se, 1000, '+')
-        return f'{self.name} - {self.compared_with}, same captions and noise: tiny-FD {fd}, 1000 tiny-KID {kid}'
+        text = f'{self.name} - {self.compared_with}, same captions and noise: tiny-FD {fd}, 1000 tiny-KID {kid}'
+        if self.diversity_difference is None: return text
+        more = _with_error(self.diversity_difference, self.diversity_difference_se, 1000, '+')
+        return f'{text}, 1000 diversity per prompt {more}'
 
 def _with_error(value, error, scale=1, sign=''):
     if value is None: return '-'
@@ -266,6 +273,7 @@ COLUMNS = {
     'concept': ('right concept', lambda s: f'{s["concept"]:.1%}'),
     'style': ('right style', lambda s: f'{s["style"]:.1%}'),
     'color': ('right colour', lambda s: f'{s["color"]:.1%}'),
+    'diversity': ('1000 diversity per prompt', lambda s: _cell(s, 'diversity', 1000)),
     'seconds_per_image': ('s/image', lambda s: f'{s["seconds_per_image"]:.4f}')}
 
 def scores_markdown(
