@@ -191,6 +191,21 @@ def test_the_generator(kappa, alpha):
     close(ours, official, 1e-9)
     close(grads(ours, GEN_NET), grads(official, GEN_NET), 1e-9)
 
+def test_guidance_up_to_a_time():
+    "Every row has the scale of its own time, in the fake's loss and the generator's, in value and gradient"
+    bound = NOISE.t.float().median().item()
+    acts = levels(NOISE.t)[0].new_tensor([2.0 if t < bound else 1.0 for t in NOISE.t])
+    assert acts.unique().numel() == 2
+    kappa, m = acts[:, None, None, None], method(kappa=Kappa.lsg(2.0), guidance_t_max=bound)
+    ours = fake_losses(m, plain_networks(), Batch(COND), NOISE)
+    close(ours, official_fake_loss(kappa), 1e-9)
+    close(grads(ours, FAKE_NET), grads(official_fake_loss(kappa), FAKE_NET), 1e-9)
+    ours, _ = generator_grad(m, GENERATOR, plain_networks(), Batch(COND), NOISE)
+    official = official_generator_loss(kappa, 1.0)
+    close(ours, official, 1e-9)
+    close(grads(ours, GEN_NET), grads(official, GEN_NET), 1e-9)
+    assert max_abs(ours, official_generator_loss(2.0, 1.0)) > 1e-3 * ours.abs().max()
+
 @pytest.mark.parametrize('how, k', CHAINS)
 def test_the_generator_on_a_chain(how, k):
     m, d = method(kappa=Kappa.lsg(2.0), student_steps=4, renoise=how), CHAINS[how, k]

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, TypeVar
-from ..core import Cond, InputError, cond_cat, cond_expand
+from ..core import Cond, InputError, cond_cat, cond_expand, expand_like
 if TYPE_CHECKING: from torch import Tensor
 else: Tensor = TypeVar('Tensor')
 
@@ -31,14 +31,18 @@ def predict_guided(
     cond:Cond, # of the prompts, [B, ...]
     null:Cond, # of "", [1, ...]
     *kappas:float, # guidance scales
+    t_max:float=math.inf, # they act at t < t_max; from there on the answer is plain
 )->tuple[Tensor, ...]: # one x0 estimate per kappa, [B, ...] each
     "Guided estimates from one forward: a plain batch if all kappas are 1 or all are 0, else one doubled batch"
     import torch
     if all(k == 1 for k in kappas): return (denoiser(x_t, t, cond),)*len(kappas)
     null = cond_expand(null, len(x_t))
-    if all(k == 0 for k in kappas): return (denoiser(x_t, t, null),)*len(kappas)
+    if all(k == 0 for k in kappas) and t_max == math.inf: return (denoiser(x_t, t, null),)*len(kappas)
     y_null, y_cond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), cond_cat(null, cond)).chunk(2)
-    return tuple(apply_guidance(y_null, y_cond, k) for k in kappas)
+    guided = tuple(apply_guidance(y_null, y_cond, k) for k in kappas)
+    if t_max == math.inf: return guided
+    acts = expand_like(t < t_max, y_cond)
+    return tuple(torch.where(acts, y, y_cond) for y in guided)
 
 # %% ../../nbs/1_method/04_guidance.ipynb #kappaerr
 NOT_FINITE = '{name} = {k} makes no sense; give a finite number (0 ignores the prompt, 1 is no guidance)'

@@ -8,6 +8,7 @@ __all__ = ['METHODS', 'Recipe', 'score_distillation', 'register_loss', 'register
 
 # %% ../../nbs/1_method/10_methods.ipynb #49a5623f
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from ..core import InputError
@@ -33,6 +34,7 @@ class Recipe:
     timestep_sampling_fake: str | None = None  # of t, for the fake; None: the same
     t_min: float = 20  # x_t is drawn at t in [t_min, t_max): whole numbers for a table, parts of 1 for a flow
     t_max: float = 980
+    guidance_t_max: float = math.inf  # guidance acts at t below it; from there on all are asked without
     t_init: float = 625  # the generator's own time, where sigma/alpha is about 2.5
     student_steps: int = 1  # of the generator: from t_init linearly down, each trained in turn
     renoise: str = 'fresh'  # noise between its steps: fresh, or fixed (the start noise again)
@@ -50,7 +52,7 @@ def score_distillation(recipe:Recipe, loss:Loss)->ScoreDistillation:
     rollout = OneStep(r.t_init) if r.student_steps == 1 else FewSteps(r.t_init, r.student_steps, r.renoise)
     method = ScoreDistillation(
         (ScoreTerm(loss, r.loss_weight),), rollout=rollout, kappa=r.kappa, t_min=r.t_min, t_max=r.t_max,
-        timestep_sampling=r.timestep_sampling, timestep_sampling_fake=r.timestep_sampling_fake,
+        guidance_t_max=r.guidance_t_max, timestep_sampling=r.timestep_sampling, timestep_sampling_fake=r.timestep_sampling_fake,
         fake_loss_weight=r.fake_loss_weight, fake_updates=r.fake_updates, gradient=r.gradient)
     return add_adversary(method, r.adversary) if r.adversary else method
 

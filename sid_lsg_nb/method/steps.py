@@ -9,6 +9,7 @@ __all__ = ['Networks', 'Update', 'Batch', 'fake_losses', 'estimates', 'generator
            'Learner', 'column', 'mean_of_repeats', 'split_noise']
 
 # %% ../../nbs/1_method/08_steps.ipynb #d5c3ff15
+import math
 from collections import ChainMap, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -67,7 +68,8 @@ def fake_losses(
     schedule = nets['fake'].net.schedule
     x_t = schedule.add_noise(x_g, draw.eps, draw.t)
     with features_of(method.critics, nets['fake'].net) as found:
-        y_fake, = predict_guided(nets['fake'].train, x_t, draw.t, batch.cond, nets.null, method.kappa.kappa1)
+        k, fake = method.kappa, nets['fake'].train
+        y_fake, = predict_guided(fake, x_t, draw.t, batch.cond, nets.null, k.kappa1, t_max=method.guidance_t_max)
     weight = level_weight(method.fake_loss_weight, schedule.alpha(draw.t), schedule.sigma(draw.t)).to(x_g.dtype)
     losses = fake_loss(y_fake, x_g, weight)
     for critic in method.critics: losses = losses + critic(nets, method.kappa, batch, draw, found[-1])
@@ -239,15 +241,16 @@ def features_of(parts, net:nn.Module): # -> what the layer returned, call by cal
 
 def ask_teacher(method, update:Update, nets:Networks, x_t:Tensor, batch:Batch, draw:Draw)->Tensor:
     "y_real [b, ...], guided with kappa4"
+    k, t_max = method.kappa, method.guidance_t_max
     with graph_for(method.active(update)):
-        return predict_guided(nets.teacher, x_t, draw.t, batch.cond, nets.null, method.kappa.kappa4)[0]
+        return predict_guided(nets.teacher, x_t, draw.t, batch.cond, nets.null, k.kappa4, t_max=t_max)[0]
 
 
 def ask_fake(method, update:Update, nets:Networks, x_t:Tensor, batch:Batch, draw:Draw)->tuple:
     "y_fake and y_fake3 [b, ...], guided with kappa2 and kappa3; and the logits [b, places], if a term reads them"
-    terms, net, k = method.active(update), nets['fake'].net, method.kappa
+    terms, net, k, t_max = method.active(update), nets['fake'].net, method.kappa, method.guidance_t_max
     with graph_for(terms), features_of(terms, net) as found:
-        answers = predict_guided(net, x_t, draw.t, batch.cond, nets.null, k.kappa2, k.kappa3)
+        answers = predict_guided(net, x_t, draw.t, batch.cond, nets.null, k.kappa2, k.kappa3, t_max=t_max)
     readers = [t.discriminator for t in terms if t.discriminator]
     return *answers, *(d.logits(nets, found[-1], len(x_t)) for d in readers)
 
@@ -295,6 +298,7 @@ class ScoreDistillation:
     kappa:Kappa = Kappa.lsg(1.5) # the four guidance scales
     t_min:float = 20 # x_t is drawn at t in [t_min, t_max): whole numbers for a table, parts of 1 for a flow
     t_max:float = 980
+    guidance_t_max:float = math.inf # guidance acts at t below it; from there on all are asked without
     timestep_sampling:str = 'uniform' # of t, for the generator
     timestep_sampling_fake:str|None = None # of t, for the fake; None: the same
     fake_loss_weight:str = 'snr' # none, or of `LEVEL_WEIGHTS`; snr is the error of eps
@@ -349,6 +353,8 @@ def check_method(m:ScoreDistillation):
     if not m.fake_updates >= 1: raise InputError(f'fake_updates {m.fake_updates} must be at least 1')
     if not 0 <= m.t_min < m.t_max:
         raise InputError(f't range [{m.t_min}, {m.t_max}) is empty or negative; the published one is [20, 980)')
+    if not m.guidance_t_max > m.t_min:
+        raise InputError(f'guidance_t_max {m.guidance_t_max:g} is not above t_min {m.t_min:g}: guidance would act nowhere')
 
 # %% ../../nbs/1_method/08_steps.ipynb #f8732a26
 class StepResult(NamedTuple):

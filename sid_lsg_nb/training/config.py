@@ -18,10 +18,10 @@ else: Recipe = TypeVar('Recipe')
 __all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'MOST_PASSES', 'Config',
            'grouped_settings', 'guidance_scales', 'split_method', 'read_method', 'with_method_sha',
            'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check',
-           'require_known_method', 'check_batches', 'require_one_batch', 'with_gan_times', 'check_combinations',
-           'check_scores', 'check_averages', 'check_files', 'check_gan_times', 'resolve', 'recipe_of', 'run_title',
-           'TeacherSettings', 'DataSettings', 'NetworkSettings', 'OptimizerSettings', 'LogSettings',
-           'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
+           'check_guidance', 'require_known_method', 'check_batches', 'require_one_batch', 'with_gan_times',
+           'check_combinations', 'check_scores', 'check_averages', 'check_files', 'check_gan_times', 'resolve',
+           'recipe_of', 'run_title', 'TeacherSettings', 'DataSettings', 'NetworkSettings', 'OptimizerSettings',
+           'LogSettings', 'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class Config:
     kappa2: float | None = None    # override: the fake, inside y_real - y_fake
     kappa3: float | None = None    # override: the fake, inside y_fake - x_g
     kappa4: float | None = None    # override: the teacher
+    # guidance acts at times of x_t below it, from there on all are asked without; default: at all times
+    guidance_t_max: int | float | None = None
     # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
     # (Diff-Instruct); or FILE.py:NAME, a loss or a method of your own. Naming a file runs it
     method: str = 'sid'
@@ -292,12 +294,18 @@ def check(config: Config) -> Config:
     if config.lr_warmup >= config.max_train_images and config.lr_warmup:
         raise InputError(f'lr_warmup {config.lr_warmup} takes the whole run of {config.max_train_images} images')
     check_combinations(config)
-    guidance_scales(config)
+    check_guidance(config)
     require_known_method(config.method)
     from sid_lsg_nb.method.methods import make_method  # PyTorch comes after all that needs none
 
     make_method(recipe_of(config, float(config.t_init or 625)))  # what the times mean is the teacher's matter
     return config
+
+
+def check_guidance(config: Config):
+    "Raise `InputError` for scales that make no sense, and for a bound where nothing is guided"
+    if guidance_scales(config) == Kappa() and config.guidance_t_max is not None:
+        raise InputError('--guidance-t-max bounds guidance, and all its scales are 1; leave it away, or give --kappa')
 
 
 METHOD_NAMES = 'sid', 'sim', 'fisher', 'di'  # rows of the package, known before PyTorch is loaded
@@ -473,8 +481,8 @@ def recipe_of(
             'fake_loss_weight', 'fake_updates', 'student_steps', 'renoise')
     }
     times = dict(
-        t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init
-    )
+        t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init,
+        guidance_t_max=math.inf if c.guidance_t_max is None else c.guidance_t_max)
     gradient = generator_grad_sequential if c.sequential_gradient or c.lora != 'none' else generator_grad
     return Recipe(
         method=own_method(c), kappa=guidance_scales(c), adversary=adversary if c.real_images else None,
@@ -487,7 +495,8 @@ def run_title(config: Config) -> str:
     own = Path(c.method).name # FILE.py:NAME without its folder
     loss = dict(sid=f'alpha {c.alpha:g}', sim=f'sim {c.distance}').get(c.method, own) # without PyTorch
     steps = f', {c.student_steps} steps' if c.student_steps > 1 else ''
-    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}, {loss}{steps}'
+    below = '' if c.guidance_t_max is None else f' at t < {c.guidance_t_max:g}'
+    return f'kappa {k.kappa1:g} {k.kappa2:g} {k.kappa3:g} {k.kappa4:g}{below}, {loss}{steps}'
 
 # %% ../../nbs/6_training/04_config.ipynb #parts1
 @dataclass(frozen=True)
