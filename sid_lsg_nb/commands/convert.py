@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'DTYPES', 'EXPORTERS', 'check_options', 'format_size', 'read_t_init_and_sigma', 'output_path',
-           'to_single_file', 'to_lora', 'to_onnx', 'to_fp16', 'to_card', 'check_export', 'export_to', 'unet_file',
-           'import_from']
+           'to_single_file', 'to_lora', 'to_onnx', 'to_fp16', 'to_card', 'to_space', 'check_export', 'export_to',
+           'unet_file', 'import_from']
 
 # %% ../../nbs/7_commands/07_convert.ipynb #562005fa
 import json, re, shlex
@@ -24,18 +24,19 @@ from ..export.lora import save_lora
 from ..teachers.single_file import is_single_file
 from ..teachers.registry import FAMILIES, family_of, open_teacher
 from ..export.model_card import push_to_hub, write_card
+from ..export.space import write_space
 from ..metrics.protocols import load_result
 from .options import Export, Import
 from .sources import ImageSource, open_source
 
 # %% ../../nbs/7_commands/07_convert.ipynb #26d95c51
 OPTIONS = dict(
-    out=('single-file', 'lora', 'onnx'),
+    out=('single-file', 'lora', 'onnx', 'space'),
     base=('lora',),
     rank=('lora',),
     kohya=('lora',),
     dtype=('single-file', 'lora'),
-    title=('single-file', 'card'),
+    title=('single-file', 'card', 'space'),
     results=('card',),
     push=('card',),
     public=('card',),
@@ -201,7 +202,22 @@ def to_card(args: Export, s: ImageSource) -> list[str]:
     ]
 
 
-EXPORTERS = {'single-file': to_single_file, 'lora': to_lora, 'onnx': to_onnx, 'fp16': to_fp16, 'card': to_card}
+def to_space(args: Export, s: ImageSource) -> list[str]:
+    "A folder for the hub: a page that draws with the student"
+    out = output_path(args, s, '-space')
+    steps, teacher = (s.config.student_steps, s.config.teacher) if s.config else (1, '')
+    stock = write_space(s.path, out, args.title or s.name, steps, teacher)
+    drawn_by = 'stock diffusers' if stock else 'sid-lsg-nb, which its requirements.txt names'
+    return [
+        f'{out}: {format_size(out)}, a Gradio Space; its page draws with {drawn_by}',
+        f'try it: python {shlex.quote(str(out / "app.py"))}',
+        f'upload it, as it is: hf upload OWNER/NAME {shlex.quote(str(out))} --repo-type space',
+    ]
+
+
+EXPORTERS = {
+    'single-file': to_single_file, 'lora': to_lora, 'onnx': to_onnx, 'fp16': to_fp16, 'card': to_card, 'space': to_space
+}
 
 
 def check_export(args: Export, folder: str):

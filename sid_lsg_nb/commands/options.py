@@ -130,16 +130,16 @@ class Export:
     "Hand a student to other programs"
     run: tyro.conf.Positional[str] # run folder, or a saved student
     # one file for ComfyUI and A1111; a LoRA for the base model; one ONNX graph; 16-bit files beside the
-    # others; a model card
-    to: Literal['single-file', 'lora', 'onnx', 'fp16', 'card']
-    # single-file, lora, onnx: file or folder, must not exist; default: NAME.safetensors, NAME-lora, NAME-onnx
-    # in the run folder
+    # others; a model card; a folder for a Gradio Space of the hub
+    to: Literal['single-file', 'lora', 'onnx', 'fp16', 'card', 'space']
+    # single-file, lora, onnx, space: file or folder, must not exist; default: NAME.safetensors, NAME-lora,
+    # NAME-onnx, NAME-space in the run folder
     out: str = ''
     base: str = ''               # lora: the base model; default: the run's teacher
     rank: int = 64               # lora: higher is nearer and larger
     kohya: bool = False          # lora: also kohya.safetensors, with the names that ComfyUI and A1111 read
     dtype: Literal['fp16', 'bf16', 'fp32'] = 'fp16' # single-file, lora: number format
-    title: str = ''              # single-file, card: for people; default: the file's or the run's name
+    title: str = ''              # single-file, card, space: for people; default: the file's or the run's name
     # card: saved results for its scores; default: every scores-*.json of the run
     results: tuple[str, ...] = ()
     # card: then upload the student's folder to this repository of the hub, OWNER/NAME; without it nothing is

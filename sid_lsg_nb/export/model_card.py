@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'ELSEWHERE', 'LSG', 'SIM', 'BY', 'PRIVATE', 'SHOWN', 'REFUSALS', 'public_name', 'inherited_license',
            'markdown_table', 'describe_protocol', 'score_section', 'describe_prompts', 'card_data', 'method_name',
            'CardText', 'recipe_table', 'training_line', 'average_line', 'start_lines', 'license_words', 'example',
-           'model_card', 'read_start', 'write_card', 'require_complete', 'push_to_hub']
+           'model_card', 'remove_local_paths', 'read_start', 'write_card', 'require_complete', 'push_to_hub']
 
 # %% ../../nbs/5_export/03_model_card.ipynb #9368df49
 import hashlib, json, math, platform, re, shutil
@@ -301,6 +301,17 @@ def model_card(
         license=license_words(license))
 
 # %% ../../nbs/5_export/03_model_card.ipynb #fe9c159d
+def remove_local_paths(
+    folder, # of a saved student
+):
+    "Of its configs, take the notes out that name a folder of this machine; names of the hub stay"
+    def public(entries): return {k: v for k, v in entries.items() if k != '_name_or_path' or public_name(str(v))[1]}
+    for file in Path(folder).rglob('*.json'):
+        text = file.read_text(encoding='utf-8')
+        if '"_name_or_path"' not in text: continue
+        atomic_write(file, json.dumps(json.loads(text, object_hook=public), indent=2) + '\n')
+
+
 def read_start(folder)->StudentStart:
     "What a saved generator is and where its one step begins; raises `InputError` if there is none"
     if family := find_family(folder): return family.student_start(folder)
@@ -314,7 +325,8 @@ def write_card(
     repo_id:str|None=None, # used in the example, if it is to be pushed
     results=(), # files of saved results, for the scores
 )->Path: # generator/README.md
-    "Write card and last sample sheet into the student's folder; raises `InputError` if this is no finished run"
+    """Write card and last sample sheet into the student's folder, and take paths of this machine out of its configs;
+    raises `InputError` if this is no finished run"""
     run = Path(run).expanduser()
     folder, sheets = run/'generator', sorted((run/'samples').glob('[0-9]*.png'))
     if not (run/'config.json').is_file():
@@ -329,6 +341,7 @@ def write_card(
                     averages=read_json_or({}, run/'averages.json') or None)
     card = model_card(read_json(run/'config.json'), rows, scores, start, text)
     if sheets: shutil.copy(sheets[-1], folder/'samples.png')
+    remove_local_paths(folder)
     atomic_write(folder/'README.md', card)
     return folder/'README.md'
 

@@ -113,7 +113,7 @@ class Teacher:
     kinds = () # names in `FAMILIES`: classes that a model_index.json names, or one word of the family's own
     title = '' # for people
     default_preset = 'embedded' # of `sid-lsg distill`, if none is named
-    exports = ('card',) # what `sid-lsg export --to` can make of its students
+    exports = ('card', 'space') # what `sid-lsg export --to` can make of its students
     opens_in_diffusers = True # a saved student is a pipeline of stock diffusers
     brings_prompts = False # True: `prompts` are all there are, such as the names of classes
     supports_guidance = True # False: it was not trained without a condition
