@@ -131,13 +131,14 @@ class Export:
     run: tyro.conf.Positional[str] # run folder, or a saved student
     # one file for ComfyUI and A1111; a LoRA for the base model; one ONNX graph; 16-bit files beside the
     # others; a model card; a folder for a Gradio Space of the hub
-    to: Literal['single-file', 'lora', 'onnx', 'fp16', 'card', 'space']
+    to: Literal['single-file', 'lora', 'onnx', 'fp16', 'bf16', 'card', 'space']
     # single-file, lora, onnx, space: file or folder, must not exist; default: NAME.safetensors, NAME-lora,
     # NAME-onnx, NAME-space in the run folder
     out: str = ''
     base: str = ''               # lora: the base model; default: the run's teacher
-    rank: int = 64               # lora: higher is nearer and larger
-    kohya: bool = False          # lora: also kohya.safetensors, with the names that ComfyUI and A1111 read
+    # lora: higher is nearer and larger; default: as trained with --lora generator or both, else 64
+    rank: int | None = None
+    kohya: bool = False          # lora: also kohya.safetensors, with the names of kohya's scripts
     dtype: Literal['fp16', 'bf16', 'fp32'] = 'fp16' # single-file, lora: number format
     title: str = ''              # single-file, card, space: for people; default: the file's or the run's name
     # card: saved results for its scores; default: every scores-*.json of the run

@@ -236,6 +236,7 @@ class PipelineTeacher(Teacher):
     "A text-to-image pipeline of diffusers with a VAE"
     pipe:DiffusionPipeline = None # the whole, as diffusers knows it
     layouts = () # one `Layout` for each name in `kinds`
+    exports = ('lora', 'fp16', 'bf16', *Teacher.exports)
     student_scheduler = {} # entries of scheduler_config.json by which a student is told; True: it is given
 
     @classmethod

@@ -128,7 +128,7 @@ class StableDiffusionTeacher(PipelineTeacher):
     kinds, layouts = ('StableDiffusionPipeline',), (SD_LAYOUT,)
     title = 'Stable Diffusion 1.x and 2.x'
     default_preset = 'sd15-lsg-1.5'
-    exports = ('single-file', 'lora', 'onnx', 'fp16', 'card', 'space')
+    exports = ('single-file', 'onnx', *PipelineTeacher.exports)
     published = SD_SHAPES
     student_scheduler = ONE_STEP_EULER
     card_tags = SD_TAGS
