@@ -160,5 +160,5 @@ def test_its_card_and_its_exports(teacher, tmp_path):
     run(teacher, tmp_path/'run')
     card = (tmp_path/'run/generator/README.md').read_text()
     assert "dots.draw('PATH_OR_REPO', 'red')" in card and 'library_name: dots' in card
-    with pytest.raises(InputError, match='a student of coloured dots; --to onnx knows the layout of Stable Diffusion'):
+    with pytest.raises(InputError, match='a student of coloured dots; --to onnx is for Stable Diffusion'):
         export_to(Export(str(tmp_path/'run'), to='onnx'))
