@@ -85,6 +85,7 @@ def sample(args: Sample) -> Path:  # the folder
     where, prompts = student_and_prompts(args)
     from PIL import Image
     from tqdm.auto import tqdm
+    from sid_lsg_nb.commands.sources import at_size
     from sid_lsg_nb.teachers.registry import open_student
 
     run = find_run_config(where)
@@ -96,7 +97,7 @@ def sample(args: Sample) -> Path:  # the folder
         raise InputError(
             f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N'
         )
-    student = open_student(where, pick_device(args.device))
+    student = at_size(open_student(where, pick_device(args.device)), args.height, args.width)
     if run.teacher == 'embedded':
         warn_unknown_words(prompts)
     folder.mkdir(parents=True)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TINY_WORDS', 'tiny_vocab', 'tiny_tokenizer', 'tiny_text_encoder', 'tiny_unet', 'tiny_vae', 'tiny_pipeline',
            'tiny_sdxl_unet', 'tiny_pooled_text_encoder', 'tiny_sdxl', 'tiny_t5', 'tiny_pixart', 'tiny_clip',
-           'tiny_sd3_t5', 'tiny_sd3', 'tiny_gemma', 'tiny_dcae', 'tiny_sana', 'quiet_libraries', 'open_stock',
-           'damaged', 'edit_json', 'swap_part', 'with_config', 'refusal', 'refuses', 'step_noises', 'global_noises',
-           'check_guided_sampling', 'check_student']
+           'tiny_sd3_t5', 'tiny_sd3', 'tiny_flux', 'tiny_gemma', 'tiny_dcae', 'tiny_sana', 'quiet_libraries',
+           'open_stock', 'damaged', 'edit_json', 'swap_part', 'with_config', 'refusal', 'refuses', 'step_noises',
+           'global_noises', 'check_guided_sampling', 'check_student']
 
 # %% ../nbs/01_testing.ipynb #22dc0144
 import inspect, json, re, shutil, tempfile, warnings
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers import SanaPipeline, SanaTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -217,6 +217,30 @@ def tiny_sd3(
         vae = AutoencoderKL.from_config(tiny_vae().config, scaling_factor=1.5305, shift_factor=.0609)
         pipe = StableDiffusion3Pipeline(net, FlowMatchEulerDiscreteScheduler(shift=3.), vae, tiny_clip(tokenizer, 16),
                                         tokenizer, tiny_clip(tokenizer, 12), tokenizer, text3, words3)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+# %% ../nbs/01_testing.ipynb #fluxcd01
+def tiny_flux(
+    folder, # where to write it; made if missing
+    seed:int=0, # of the weights
+    guidance:bool=True, # False: the network takes no guidance as an input
+    size:tuple|None=(16, 16), # height and width in pixels that the folder names; None: 256, as for FLUX at 1024
+)->str: # the folder, ready for `open_teacher`
+    "Save a complete FLUX.1 pipeline with small random networks."
+    (words := Path(folder)/'tokenizer').mkdir(parents=True, exist_ok=True)
+    tokenizer = tiny_tokenizer(words)
+    with torch.random.fork_rng(devices=[]):                     # torch's global stream stays where it was
+        torch.manual_seed(seed)
+        net = FluxTransformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+            joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=guidance)
+        net.context_embedder.weight.data.mul_(10)               # the text must matter
+        words2, text2 = tiny_sd3_t5()
+        vae = AutoencoderKL.from_config(tiny_vae().config, scaling_factor=.3611, shift_factor=.1159)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
+        pipe = FluxPipeline(scheduler, vae, tiny_text_encoder(tokenizer), tokenizer, text2, words2, net)
+    if size: pipe.register_to_config(_height=size[0], _width=size[1])
     pipe.save_pretrained(folder)
     return str(folder)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, UNet2DConditionModel, UNet2DModel
 from sid_lsg_nb.core import max_abs, noise_for, rng
 from sid_lsg_nb.data.prompt_stream import PromptStream, text_batches
 from sid_lsg_nb.method.guidance import Kappa
@@ -24,7 +24,7 @@ from sid_lsg_nb.teachers.edm import edm_teacher, save_edm, tiny_edm
 from sid_lsg_nb.teachers.edm_networks import wrap_unet2d
 from sid_lsg_nb.teachers.registry import open_student, open_teacher
 from sid_lsg_nb.teachers.student import save_student
-from sid_lsg_nb.testing import tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl, tiny_vae
+from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl, tiny_vae
 
 PROMPTS = ['a red cat', 'the blue dog on a shoe', 'an apple', 'the green apple']
 SID_DIT = dict(
@@ -100,10 +100,15 @@ class Case:
         default_factory=dict
     )  # what stock diffusers is told, besides one step without guidance
     stock: bool = True  # does stock diffusers open the student?
+    pack: Callable = lambda z: z  # latents as the stock pipeline takes them
+    unpack: Callable = lambda z: z  # and back
 
 SQUARE = dict(use_resolution_binning=False)
 ZERO_SNR = dict(rescale_betas_zero_snr=True, timestep_spacing='trailing')
 SMALL = dict(kappa=Kappa.lsg(2.0), iterations=2, batch=1, micro=1)
+FLUX = dict(
+    call=dict(guidance_scale=3.5), pack=lambda z: FluxPipeline._pack_latents(z, *z.shape),
+    unpack=lambda z: FluxPipeline._unpack_latents(z, 8, 8, 1))
 CASES = {
     'sd': Case(opened(tiny_pipeline)),
     'sd21': Case(tiny_sd21, **SMALL),
@@ -117,6 +122,7 @@ CASES = {
     'sd3-sid-dit': Case(opened(tiny_sd3), Kappa.lsg(4.5), SID_DIT, lr=1e-4),
     'sana': Case(opened(tiny_sana), call=SQUARE),
     'sana-sid-dit': Case(opened(tiny_sana), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=SQUARE),
+    'flux': Case(opened(tiny_flux), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **FLUX),
     'edm': Case(edm(classes=10), Kappa(), stock=False),
     'edm-no-classes': Case(edm(), Kappa(), SID_EDM, lr=1e-4, iterations=4, stock=False),
     'edm-ncsnpp': Case(edm('ncsnpp', 10), Kappa(), SID_EDM, lr=1e-4, iterations=4, stock=False),
@@ -210,13 +216,13 @@ def test_stock_diffusers_draws_what_the_generator_draws(trained):
     two, z = list(trained.prompts[:2]), noise_for([7, 8], t.latent_shape)
     pipe = DiffusionPipeline.from_pretrained(save_student(t, gen, trained.tmp / 'stock', t_init))
     pipe.set_progress_bar_config(disable=True)
-    one = dict(latents=z, num_inference_steps=1, guidance_scale=0, output_type='latent')
+    one = dict(latents=trained.case.pack(z), num_inference_steps=1, guidance_scale=0, output_type='latent')
     side = (
         {k: t.latent_shape[1] * pipe.vae_scale_factor for k in ('height', 'width')}
         if trained.case.call
         else {}
     )
-    theirs = pipe(two, **one, **side, **trained.case.call).images
+    theirs = trained.case.unpack(pipe(two, **one | side | trained.case.call).images)
     with torch.no_grad():
         ours, untrained = (one_step(net, z, t.text(two), t_init) for net in (gen, t.denoiser))
     assert max_abs(theirs, ours) < 1e-5 * ours.abs().max() and max_abs(ours, untrained) > 1e-4

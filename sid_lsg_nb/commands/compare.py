@@ -338,7 +338,9 @@ def choose_teacher(args:Compare, s:ImageSource)->tuple[ImageSource|None, dict]: 
     if args.teacher == 'run' and s.config is None:
         raise InputError(f'{s.path!r} is no run folder, its teacher is not known; give --teacher FOLDER')
     c = s.config or Config(teacher_kappa=3.)
-    teacher = open_source(s.config.teacher if args.teacher == 'run' else args.teacher)
+    own = args.teacher == 'run'
+    teacher = open_source(s.config.teacher if own else args.teacher)
+    if own: teacher = replace(teacher, teacher_of=s.config)
     steps = c.teacher_steps if args.teacher_steps is None else args.teacher_steps
     kappa = c.teacher_kappa if args.teacher_kappa is None else args.teacher_kappa
     check_sampling(teacher, steps, kappa)

@@ -144,7 +144,8 @@ def sampled_images(args:Evaluate, s:ImageSource, p:Protocol, device)->tuple[Imag
     "One picture for each caption, with seeds from `--seed` on"
     captions, p = choose_captions(args, p, open_teacher(s.path).prompts if brings_prompts(s.path) else None)
     precision, seed = args.precision or 'fp32', args.seed or 0
-    sampler, how = make_sampler(s, device, steps=args.steps, kappa=args.kappa, precision=precision)
+    sampler, how = make_sampler(
+        s, device, steps=args.steps, kappa=args.kappa, precision=precision, size=(args.height, args.width))
     at = f' at {s.log[-1]["nimg"]:,} images' if s.log else ''
     seeds = range(seed, seed + len(captions))
     return generated_images(sampler, captions, seeds, args.batch, precision, f'{s.name}{at}, {how}'), p

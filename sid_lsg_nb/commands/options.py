@@ -22,6 +22,8 @@ class Sample:
     out: str = ''       # folder for the pictures, must not exist; default: the next free pictures/N
     seed: int = 0       # picture i uses seed + i
     steps: int | None = None # network steps; default: as many as the generator was trained for
+    height: int | None = None # of the pictures, in pixels; with width; default: what the student was made for
+    width: int | None = None # see height
     batch: int = 16     # pictures drawn at once
     device: str = 'auto' # auto, cpu, cuda, mps
 
@@ -48,6 +50,8 @@ class Evaluate:
     n: int | None = None
     steps: int | None = None     # network steps; default: 1 for a one-step student, 25 with --kappa
     kappa: float | None = None   # draw as a many-step teacher with this guidance scale, by DPM-Solver++
+    height: int | None = None    # of drawn pictures, in pixels; with width; default: what the model was made for
+    width: int | None = None     # see height
     # Inception as a TorchScript file, or "bundled" for the 32-pixel scorer; default: fetched once by
     # clean-fid
     inception: str = ''

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Kind', 'DTYPES', 'ImageSource', 'read_log', 'run_summary', 'has_generator', 'open_run', 'open_rival', 'open_source',
-           'newest_run', 'check_sampling', 'refuse_one_step', 'open_model', 'sampler_of', 'sampling_words',
+           'newest_run', 'check_sampling', 'refuse_one_step', 'open_model', 'at_size', 'sampler_of', 'sampling_words',
            'network_calls', 'make_sampler', 'require_writable']
 
 # %% ../../nbs/7_commands/04_sources.ipynb #935a6e04
@@ -20,9 +20,10 @@ from ..teachers.registry import open_student, open_teacher
 from ..teachers.stock_pipeline import open_stock_pipeline, split_options
 from ..export.model_card import public_name
 from ..export.shipped_student import shipped_student
-from ..training.config import Config, run_title
+from ..training.config import Config, require_both_sides, run_title
 from ..training.run_folder import saved_config
 from ..training.drawing import many_step_draw
+from ..training.job import prepare_teacher
 
 # %% ../../nbs/7_commands/04_sources.ipynb #78097c2c
 Kind = Literal['student', 'teacher', 'pipeline', 'images'] # a pipeline draws as it wants to
@@ -37,6 +38,7 @@ class ImageSource:
     home: Path|None = None # where its results lie; None: the working folder
     config: Config|None = None # of a run
     log: list[dict] = field(default_factory=list) # of a run
+    teacher_of: Config|None = None # the run whose size and embedded guidance a teacher takes
     options: dict = field(default_factory=dict) # of a pipeline, behind its @
 
 # %% ../../nbs/7_commands/04_sources.ipynb #e9ba61b9
@@ -162,7 +164,19 @@ DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 def open_model(s:ImageSource, device, precision:str='fp32'): # a `Teacher`, a student, or a `StockPipeline`
     "Open what draws"
     if s.kind == 'pipeline': return open_stock_pipeline(s.path, s.options, device, DTYPES[precision])
-    return (open_teacher if s.kind == 'teacher' else open_student)(s.path, device, DTYPES[precision])
+    if s.kind == 'student': return open_student(s.path, device, DTYPES[precision])
+    teacher = open_teacher(s.path, device, DTYPES[precision])
+    return prepare_teacher(teacher, s.teacher_of) if s.teacher_of else teacher
+
+
+def at_size(model, height:int|None, width:int|None): # pixels; both None: as it is
+    "The same, drawing at this size; raises `InputError` for one side without the other, and where it cannot"
+    require_both_sides(height, width)
+    if height is None: return model
+    if not hasattr(model, 'set_size'):
+        raise InputError(f'this {type(model).__name__} draws at one size; leave --height and --width away')
+    model.set_size(height, width)
+    return model
 
 
 def sampler_of(model, steps:int, kappa:float|None=None)->Callable: # (prompts, seeds) -> images
@@ -186,12 +200,15 @@ def make_sampler(
     steps:int|None=None, # None: one, or 25 with guidance
     kappa:float|None=None, # guidance scale of a teacher
     precision:str='fp32', # a key of `DTYPES`
+    size:tuple=(None, None), # height and width in pixels, where it shall be another than its own
 ): # (sampler, how)
     "A function `(prompts, seeds) -> images` and how it samples; raises `InputError` as `check_sampling`"
     check_sampling(s, steps, kappa)
     steps = steps or (1 if kappa is None else 25)
-    if s.kind == 'pipeline': return (model := open_model(s, device, precision)), model.words()
-    return sampler_of(open_model(s, device, precision), steps, kappa), sampling_words(steps, kappa)
+    model = at_size(open_model(s, device, precision), *size)
+    if s.kind == 'pipeline': return model, model.words()
+    words = sampling_words(steps, kappa) + (f', {size[0]}x{size[1]} pixels' if size[0] else '')
+    return sampler_of(model, steps, kappa), words
 
 
 def require_writable(folder:Path):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from ..core import InputError, atomic_file, atomic_folder, atomic_write
 from ..method.schedule import DiscreteSchedule
-from ..teachers.base import Denoiser, read_config
+from ..teachers.base import Denoiser, read_config, saved_size, shape_of_latent
 from ..teachers.loading import find_class
 from ..teachers.stable_diffusion import load_sd_student
 
@@ -214,8 +214,8 @@ def modelspec_metadata(pipe: StableDiffusionPipeline, tensors: dict[str, Tensor]
         pipe.unet.config.cross_attention_dim,
         pipe.scheduler.config.prediction_type == 'v_prediction',
     )
-    h, w = (s, s) if isinstance(s := pipe.unet.config.sample_size, int) else s
-    zoom = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    h, w = saved_size(pipe.config) or (
+        side * pipe.vae_scale_factor for side in shape_of_latent(pipe.unet.config)[1:])
     data = hashlib.sha256()
     for k in sorted(tensors):
         data.update(tensors[k].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -223,7 +223,7 @@ def modelspec_metadata(pipe: StableDiffusionPipeline, tensors: dict[str, Tensor]
         sai_model_spec='1.0.0',
         implementation='https://github.com/CompVis/stable-diffusion',
         title=title,
-        resolution=f'{w * zoom}x{h * zoom}',
+        resolution=f'{w}x{h}',
         prediction_type='v' if v else 'epsilon',
         architecture={
             768: 'stable-diffusion-v1',

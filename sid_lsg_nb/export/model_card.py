@@ -132,12 +132,11 @@ def describe_prompts(
 
 # %% ../../nbs/5_export/03_model_card.ipynb #6f3ff94d
 def card_data(
-    config: dict, license: dict[str, str] | None = None, kind: str = 'StableDiffusionPipeline'
+    config: dict, license: dict[str, str] | None = None, start: StudentStart = StudentStart()
 ) -> str:  # YAML
-    "Front matter for the hub; kind: name of the student's family in `FAMILIES`"
+    "Front matter for the hub"
     hub_id, terms = public_name(config['teacher'])[1], license or inherited_license(config['teacher'])
-    family = FAMILIES[kind]
-    call = dict(parameters=dict(num_inference_steps=1, guidance_scale=0))
+    family, call = FAMILIES[start.kind], dict(parameters=start.call)
     return hub.ModelCardData(
         base_model=hub_id,
         library_name=family.library,
@@ -271,7 +270,8 @@ def example(start:StudentStart, text:CardText, teacher:str)->str:
     family = FAMILIES[start.kind]
     known = 'a 3d fox on a white background' if teacher == 'embedded' else family.example_prompt
     prompt = (text.prompt or known).replace("'", r"\'")
-    return family.usage.format(kind=start.kind, where=text.where, prompt=prompt)
+    call = ', '.join(f'{k}={v}' for k, v in start.call.items())
+    return family.usage.format(kind=start.kind, where=text.where, prompt=prompt, call=call)
 
 
 def model_card(
@@ -286,7 +286,7 @@ def model_card(
     license = text.license or inherited_license(config['teacher'])
     software = dict(python=platform.python_version()) | library_versions()
     return CARD.format(
-        yaml=card_data(config, license, start.kind).strip(),
+        yaml=card_data(config, license, start).strip(),
         title=text.title,
         teacher=f'[{hub_id}](https://huggingface.co/{hub_id})' if hub_id else teacher,
         picture=f'\n![Samples]({text.picture})\n' if text.picture else '',

@@ -69,7 +69,7 @@ def step_times(
 # %% ../../nbs/1_method/05_rollout.ipynb #47adbc6c
 @torch.no_grad()
 def teacher_sample(
-    teacher,  # with a denoiser, its schedule, `make_scheduler()` and `scheduler_time(k)`
+    teacher,  # with a denoiser, its schedule, `make_scheduler()`, `timestep_options(steps)`, `scheduler_time(k)`
     z: Tensor,  # start noise [B,C,H,W]
     cond: Cond,  # conditioning of the prompts [B, ...]
     null: Cond,  # conditioning of "" [1, ...]
@@ -78,7 +78,7 @@ def teacher_sample(
 ) -> Tensor:  # latents [B,C,H,W]
     "The teacher's own many-step answer, with its solver: diffusers' DPM-Solver++ for Stable Diffusion"
     scheduler = teacher.make_scheduler()
-    scheduler.set_timesteps(steps, device=z.device)
+    scheduler.set_timesteps(**teacher.timestep_options(steps), device=z.device)
     x = z * getattr(scheduler, 'init_noise_sigma', 1.0)
     for k in scheduler.timesteps:
         t = teacher.scheduler_time(k).expand(len(x))

@@ -283,6 +283,10 @@ class EDMStudent:
     @property
     def latent_shape(self)->tuple[int, int, int]: return self.teacher.latent_shape
 
+    def set_size(self, height:int, width:int):
+        "Raises `InputError`: such a network knows one size"
+        self.teacher.set_size(height, width)
+
     @torch.no_grad()
     def __call__(self, prompts:list[str], seeds=None, steps:int=1)->Tensor: # [B,3,H,W] in [-1,1]
         "One picture per prompt; seeds: one integer each, default 0, 1, 2, ..."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CLIP_TOKENIZERS', 'T5_TOKENIZERS', 'GEMMA_TOKENIZERS', 'PLAIN_UNET', 'PLAIN_VAE', 'VARIANTS', 'DTYPE_SINCE',
-           'TRAINED_WITH', 'Layout', 'SingleFileModel', 'reject', 'require', 'print_once', 'read_json', 'find_class',
-           'check_index', 'pick_weights_file', 'check_weights_file', 'find_weights', 'dtype_argument',
+           'TRAINED_WITH', 'OWN_ENTRIES', 'Layout', 'SingleFileModel', 'reject', 'require', 'print_once', 'read_json',
+           'find_class', 'check_index', 'pick_weights_file', 'check_weights_file', 'find_weights', 'dtype_argument',
            'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part', 'scheduler_error',
            'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache', 'fetch_pipeline',
            'open_pipeline', 'assemble_pipeline', 'print_variants']
@@ -502,7 +502,12 @@ def assemble_pipeline(layout:Layout, index:dict, made:dict):
     takes = inspect.signature(kind.__init__).parameters
     own = {k: v for k, v in index.items() if k in takes and not isinstance(v, list)} | layout.options
     nobody = {k: None for k, p in takes.items() if k in _UNUSED_PARTS and p.default is inspect.Parameter.empty}
-    return kind(**(nobody | own | made))
+    pipe = kind(**(nobody | own | made))
+    # entries of our own, which diffusers passes over
+    pipe.register_to_config(**{k: v for k, v in index.items() if k in OWN_ENTRIES})
+    return pipe
+
+OWN_ENTRIES = '_height', '_width', '_guidance_scale' # of a model_index.json, see `PipelineTeacher.set_size`
 
 def print_variants(folder:Path, parts, path):
     "Say which parts came from another copy than the full one"

@@ -136,11 +136,15 @@ def check_pixart_parts(
          f'the transformer wants the picture\'s size, which {type(pipe).__name__} does not give it at '
          f'sample_size {net.sample_size}')
 
-def micro_conditions(pipe:DiffusionPipeline)->Cond: # one row each; empty if it gives none
+def micro_conditions(
+    pipe:DiffusionPipeline,
+    size:tuple[int, int]|None=None, # height and width in pixels; None: what the network was trained at
+)->Cond: # one row each; empty if it gives none
     "Size and shape of the picture, where the stock pipeline tells them: PixArt-alpha at 1024 pixels"
     if not (isinstance(pipe, PixArtAlphaPipeline) and pipe.transformer.config.sample_size == 128): return {}
-    side = float(pipe.transformer.config.sample_size*pipe.vae_scale_factor)
-    return dict(resolution=torch.tensor([[side, side]]), aspect_ratio=torch.ones(1, 1))
+    side = pipe.transformer.config.sample_size*pipe.vae_scale_factor
+    height, width = size or (side, side)
+    return dict(resolution=torch.tensor([[float(height), float(width)]]), aspect_ratio=torch.tensor([[height/width]]))
 
 # %% ../../nbs/2_teachers/07_pixart.ipynb #352b6e82
 @dataclass
@@ -149,7 +153,9 @@ class PixArtTeacher(PipelineTeacher):
     kinds, layouts = tuple(PIXART_PIPELINES), PIXART_LAYOUTS
     title = 'PixArt'
     default_preset = 'pixart-sim'
+    stock_step = 8
     student_scheduler = ONE_STEP_LMS
+    size_options = dict(use_resolution_binning=False)
 
     @classmethod
     def part_dtypes(cls, dtype, device)->dict:
@@ -172,7 +178,14 @@ class PixArtTeacher(PipelineTeacher):
         nn.ModuleList([pipe.transformer, pipe.vae, pipe.text_encoder]).eval().requires_grad_(False)
         micro = {k: v.to(device) for k, v in micro_conditions(pipe).items()}
         text = PixArtTextEncoder(pipe.tokenizer, pipe.text_encoder, length, micro)
-        return cls(PixArtDenoiser(pipe.transformer, schedule), text, str(path), vae=pipe.vae, pipe=pipe)
+        teacher = cls(PixArtDenoiser(pipe.transformer, schedule), text, str(path), vae=pipe.vae, pipe=pipe)
+        return teacher.take_saved_size()
+
+    def set_size(self, height:int, width:int): # pixels
+        "Draw and train at this size from now on, and say so to networks that ask; raises `InputError`"
+        super().set_size(height, width)
+        micro = micro_conditions(self.pipe, self.image_size)
+        self.text.micro, self.text._null = {k: v.to(self.device) for k, v in micro.items()}, None
 
     @classmethod
     def open_student(cls, folder, device='cpu', dtype=torch.float32)->'PixArtStudent':
@@ -192,6 +205,7 @@ class PixArtTeacher(PipelineTeacher):
         pipe = type(self.pipe)(
             self.pipe.tokenizer, text, vae, net.net, one_step_lms_scheduler(self.pipe.scheduler, t_init)
         )
+        pipe.register_to_config(**self.own_entries())
         with atomic_folder(folder) as tmp:
             pipe.save_pretrained(tmp)
             if (pieces := Path(getattr(pipe.tokenizer, 'vocab_file', None) or '')).is_file():

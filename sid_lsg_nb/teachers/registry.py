@@ -20,6 +20,7 @@ from .sd3 import SD3Teacher
 from .sana import SanaTeacher
 from .single_file import is_single_file, detect_model, open_single_file, read_single_file
 from .edm import EDMTeacher
+from .flux import FluxTeacher
 
 # %% ../../nbs/2_teachers/17_registry.ipynb #041fb279
 FAMILIES:dict[str, type[Teacher]] = {} # by their `kinds`
@@ -33,8 +34,9 @@ def register_family(
     FAMILIES.update(dict.fromkeys(family.kinds, family))
     return family
 
-for family in (StableDiffusionTeacher, SDXLTeacher, PixArtTeacher, SD3Teacher, SanaTeacher, EDMTeacher):
-    register_family(family)
+for family in (
+    StableDiffusionTeacher, SDXLTeacher, PixArtTeacher, SD3Teacher, SanaTeacher, EDMTeacher, FluxTeacher
+): register_family(family)
 
 def find_family(path)->type[Teacher]|None: # None: of none, or not known before it is fetched or read
     "The family that claims a folder or file on this machine; never raises"

@@ -118,6 +118,8 @@ class SanaTeacher(FlowTeacher):
     kinds, layouts = ('SanaPipeline',), (SANA_LAYOUT,)
     title = 'SANA'
     default_preset = 'sana-sid-dit'
+    stock_step = 32
+    size_options = dict(use_resolution_binning=False)
 
     @classmethod
     def from_pipeline(cls,

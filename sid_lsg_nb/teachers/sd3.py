@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from diffusers import StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import pad
-from ..core import Cond, to_device
-from .text_encoder import TextEncoder, token_counter
+from ..core import Cond, InputError
+from .text_encoder import TextEncoder, padded_ids, token_counter
 from .loading import CLIP_TOKENIZERS, PLAIN_VAE, T5_TOKENIZERS, Layout, require
 from .flow import FlowDenoiser, FlowStudent, FlowTeacher, check_flow_parts, flow_teacher
 from .flow import load_flow_student
@@ -35,15 +35,6 @@ class SD3TextEncoder(TextEncoder):
     @property
     def model(self)->nn.Module: return self.clips[0][1]
 
-    def ids(self, tokenizer, prompts, length)->Tensor: # [B, length]
-        "Numbers of the tokens, on the encoders' device"
-        return to_device(
-            tokenizer(
-                prompts, padding='max_length', max_length=length, truncation=True, return_tensors='pt'
-            ).input_ids,
-            self.model.device,
-        )
-
     @torch.no_grad()
     def __call__(self,
         prompts:list[str],
@@ -52,11 +43,12 @@ class SD3TextEncoder(TextEncoder):
         prompts = list(prompts)
         short = self.clips[0][0].model_max_length
         read = [
-            text(self.ids(words, prompts, short), output_hidden_states=True) for words, text in self.clips
+            text(padded_ids(words, prompts, short, self.device), output_hidden_states=True)
+            for words, text in self.clips
         ]
         clip = torch.cat([r.hidden_states[-2].float() for r in read], -1)
         if self.t5 is None: long = clip.new_zeros(len(prompts), self.length, self.width)
-        else: long = self.t5(self.ids(self.tokenizer_3, prompts, self.length))[0].float()
+        else: long = self.t5(padded_ids(self.tokenizer_3, prompts, self.length, self.device))[0].float()
         return dict(
             encoder_hidden_states=torch.cat([pad(clip, (0, self.width - clip.shape[-1])), long], 1),
             pooled_projections=torch.cat([r[0].float() for r in read], -1),
@@ -138,15 +130,13 @@ class SD3Teacher(FlowTeacher):
         check_sd3_parts(pipe, path)
         return flow_teacher(cls, SD3Denoiser, pipe, SD3TextEncoder(pipe), path, device)
 
-    def decode(self, latents:Tensor)->Tensor: # [B,C,H,W] -> [B,3,h,w] in [-1,1], float32
-        "Latents to pictures: x/scaling + shift"
-        c = self.vae.config
-        return super().decode(latents + (c.shift_factor or 0.)*c.scaling_factor)
-
-    def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
-        "Pictures to latents, undone by `decode`"
-        c = self.vae.config
-        return super().encode(pixels) - (c.shift_factor or 0.)*c.scaling_factor
+    def set_size(self, height:int, width:int): # pixels
+        "As any flow's; raises `InputError` for a picture larger than the transformer's table of positions"
+        most = self.denoiser.net.config.pos_embed_max_size*self.pipe.vae_scale_factor*self.patch
+        if max(height, width) > most:
+            raise InputError(f'{height}x{width} is more than the {most} pixels a side that teacher {self.path!r} '
+                             'has positions for; give a smaller --height and --width')
+        super().set_size(height, width)
 
 # %% ../../nbs/2_teachers/09_sd3.ipynb #a535418a
 def load_sd3(

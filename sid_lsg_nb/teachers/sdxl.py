@@ -159,6 +159,7 @@ class SDXLTeacher(PipelineTeacher):
     kinds, layouts = ('StableDiffusionXLPipeline',), (SDXL_LAYOUT,)
     title = 'SDXL'
     default_preset = 'sdxl-sim'
+    stock_step = 8
     student_scheduler = ONE_STEP_EULER
     card_tags = SD_TAGS
 
@@ -186,7 +187,12 @@ class SDXLTeacher(PipelineTeacher):
         h, w = (s*pipe.vae_scale_factor for s in teacher.latent_shape[1:])
         tokenizers, zeros = (pipe.tokenizer, pipe.tokenizer_2), pipe.config.force_zeros_for_empty_prompt
         teacher.text = SDXLTextEncoder(tokenizers, models, (h, w, 0, 0, h, w), zeros)
-        return teacher
+        return teacher.take_saved_size()
+
+    def set_size(self, height:int, width:int): # pixels
+        "Draw and train at this size from now on, and say so to the network; raises `InputError`"
+        super().set_size(height, width)
+        self.text.time_ids, self.text._null = (height, width, 0, 0, height, width), None
 
     @classmethod
     def single_files(cls)->dict[str, SingleFileModel]:
@@ -218,6 +224,7 @@ class SDXLTeacher(PipelineTeacher):
             force_zeros_for_empty_prompt=p.config.force_zeros_for_empty_prompt,
             add_watermarker=False,
         )
+        pipe.register_to_config(**self.own_entries())
         with atomic_folder(folder) as tmp:
             pipe.save_pretrained(tmp)
             prefix_text_keys(tmp/'text_encoder')

@@ -10,7 +10,7 @@ __all__ = ['SD_LAYOUT', 'SD15_UNET', 'SD21_UNET', 'SD_VAE', 'CLIP_L', 'CLIP_H', 
 # %% ../../nbs/2_teachers/05_stable_diffusion.ipynb #c2a0dbe0
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from ..core import EMBEDDED, atomic_folder
 from ..method.schedule import DiscreteSchedule
 from .text_encoder import CLIPTextEncoder
 from .loading import CLIP_TOKENIZERS, PLAIN_UNET, PLAIN_VAE, Layout, SingleFileModel, require
-from .base import Denoiser, ModelShapes, PipelineTeacher, Teacher
+from .base import Denoiser, ModelShapes, PipelineTeacher, Teacher, read_config, vae_shrink
 from .student import ONE_STEP_EULER, Student, load_student, one_step_scheduler
 from .student import prefix_text_keys, write_vocabulary_files
 
@@ -129,6 +129,7 @@ class StableDiffusionTeacher(PipelineTeacher):
     title = 'Stable Diffusion 1.x and 2.x'
     default_preset = 'sd15-lsg-1.5'
     exports = ('single-file', 'onnx', *PipelineTeacher.exports)
+    stock_step = 8
     published = SD_SHAPES
     student_scheduler = ONE_STEP_EULER
     card_tags = SD_TAGS
@@ -146,7 +147,8 @@ class StableDiffusionTeacher(PipelineTeacher):
         pipe.set_progress_bar_config(disable=True)
         nn.ModuleList([pipe.unet, pipe.vae, pipe.text_encoder]).to(device, dtype).eval().requires_grad_(False)
         text = CLIPTextEncoder(pipe.tokenizer, pipe.text_encoder)
-        return cls(UNetDenoiser(pipe.unet, schedule), text, str(path), vae=pipe.vae, pipe=pipe)
+        teacher = cls(UNetDenoiser(pipe.unet, schedule), text, str(path), vae=pipe.vae, pipe=pipe)
+        return teacher.take_saved_size()
 
     @classmethod
     def open_student(cls, folder, device='cpu', dtype=torch.float32)->Student:
@@ -159,7 +161,9 @@ class StableDiffusionTeacher(PipelineTeacher):
         folder = EMBEDDED/'teacher' if path == 'embedded' else Path(path).expanduser()
         if not (folder/'unet/config.json').is_file(): return super().shapes(path)
         config = json.loads((folder/'unet/config.json').read_text())
-        return sd_shapes(config, *(count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae')))
+        counts, shrink = (count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae')), vae_shrink(
+            read_config(folder/'vae/config.json'))
+        return replace(sd_shapes(config, *counts), shrink=shrink)
 
     @property
     def default_range(self)->tuple:
@@ -190,6 +194,7 @@ class StableDiffusionTeacher(PipelineTeacher):
             feature_extractor=None,
             requires_safety_checker=False,
         )
+        pipe.register_to_config(**self.own_entries())
         with atomic_folder(folder) as tmp:
             pipe.save_pretrained(tmp)
             prefix_text_keys(tmp/'text_encoder')

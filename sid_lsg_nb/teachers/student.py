@@ -9,14 +9,14 @@ __all__ = ['ONE_STEP_EULER', 'betas_until', 'one_step_scheduler', 'prefix_text_k
 # %% ../../nbs/2_teachers/04_student.ipynb #ed82760b
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..core import InputError, noise_for
-from .base import Denoiser, PipelineTeacher, Teacher, shape_of_latent
+from .base import Denoiser, PipelineTeacher, Teacher, check_sides, saved_size, shape_of_latent
 from ..method.rollout import step_times
 
 # %% ../../nbs/2_teachers/04_student.ipynb #5f20d3c7
@@ -89,6 +89,7 @@ def few_step_scheduler(
 class Student:
     "A saved one-step generator; call it with prompts"
     pipe:DiffusionPipeline
+    image_size:tuple[int, int]|None = field(default=None, kw_only=True) # height and width in pixels, if another
     call_options = {} # of the stock call, besides those that make it one step without guidance
     pipeline_options = dict(requires_safety_checker=False) # of the pipeline's class, besides its parts
     @property
@@ -97,7 +98,14 @@ class Student:
     @property
     def latent_shape(self)->tuple[int, int, int]: # (C, H, W)
         "Shape of one latent"
-        return shape_of_latent(self.net.config)
+        channels, *sides = shape_of_latent(self.net.config)
+        if self.image_size: sides = (side//self.pipe.vae_scale_factor for side in self.image_size)
+        return channels, *sides
+
+    def set_size(self, height:int, width:int): # pixels
+        "Draw at this size from now on; raises `InputError` for sides that cannot be cut into tokens"
+        check_sides(height, width, math.lcm(self.pipe.vae_scale_factor*self.net.config.get('patch_size', 1), 8))
+        self.image_size = height, width
 
     def with_scheduler(self, scheduler):
         "The same parts with another scheduler (`from_pipe` would cast them)"
@@ -112,6 +120,7 @@ class Student:
         "One picture per prompt"
         seeds, pipe = [int(s) for s in (range(len(prompts)) if seeds is None else seeds)], self.pipe
         z = noise_for(seeds, self.latent_shape).to(pipe.device, self.net.dtype)
+        size = dict(zip(('height', 'width'), self.image_size or ()))
         how = dict(latents=z, num_inference_steps=1)
         if steps > 1:
             few = few_step_scheduler(pipe.scheduler, t_init := len(pipe.scheduler.betas) - 1)
@@ -123,7 +132,7 @@ class Student:
             )
         pipe.set_progress_bar_config(disable=True)
         return (
-            pipe(list(prompts), guidance_scale=0, output_type='pt', **self.call_options, **how).images.float()
+            pipe(list(prompts), guidance_scale=0, output_type='pt', **self.call_options, **size, **how).images.float()
             * 2
             - 1
         )
@@ -168,4 +177,4 @@ def load_student(
     pipe = family.read(str(student_folder(path)), path, dtype)
     if not many_steps: check_one_step(pipe, path)
     pipe.set_progress_bar_config(disable=True)
-    return student(pipe.to(device))
+    return student(pipe.to(device), image_size=saved_size(pipe.config))

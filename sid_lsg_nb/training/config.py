@@ -18,10 +18,10 @@ else: Recipe = TypeVar('Recipe')
 __all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'MOST_PASSES', 'Config',
            'grouped_settings', 'guidance_scales', 'split_method', 'read_method', 'with_method_sha',
            'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check',
-           'check_guidance', 'require_known_method', 'check_batches', 'require_one_batch', 'with_gan_times',
-           'check_combinations', 'check_scores', 'check_averages', 'check_files', 'check_gan_times', 'resolve',
-           'recipe_of', 'run_title', 'TeacherSettings', 'DataSettings', 'NetworkSettings', 'OptimizerSettings',
-           'LogSettings', 'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
+           'check_guidance', 'require_both_sides', 'require_known_method', 'check_batches', 'require_one_batch',
+           'with_gan_times', 'check_combinations', 'check_scores', 'check_averages', 'check_files', 'check_gan_times',
+           'resolve', 'recipe_of', 'run_title', 'TeacherSettings', 'DataSettings', 'NetworkSettings',
+           'OptimizerSettings', 'LogSettings', 'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Config:
     teacher: str = 'embedded'
     # what the teacher's network predicts, where its files do not say so or are wrong; default: as they say
     prediction_type: Literal['', 'epsilon', 'v_prediction', 'sample'] = ''
+    height: int | None = None      # of the pictures, in pixels; with width; default: what the teacher was made for
+    width: int | None = None       # see height
+    # guidance scale that the network is told as an input, beside and below kappa; for teachers that take one, as
+    # FLUX.1-dev does; default: 3.5
+    embedded_guidance: float | None = None
     # a file of text, JSON, CSV, TSV, Parquet, Arrow or WebDataset, a folder of them, or a dataset's name; the
     # embedded teacher and EDM networks bring their own
     prompts: str = ''
@@ -282,6 +287,7 @@ AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience'
 def check(config: Config) -> Config:
     "The config itself; raises `InputError` for numbers that cannot work"
     check_batches(config)
+    require_both_sides(config.height, config.width)
     if not 0 <= config.proportion_empty_prompts < 1:
         raise InputError(f'proportion_empty_prompts {config.proportion_empty_prompts} must lie in [0, 1)')
     for names, ok, rule in (
@@ -309,6 +315,12 @@ def check_guidance(config: Config):
 
 
 METHOD_NAMES = 'sid', 'sim', 'fisher', 'di'  # rows of the package, known before PyTorch is loaded
+
+
+def require_both_sides(height: int | None, width: int | None):
+    "Raise `InputError` for one side of a picture without the other"
+    if (height is None) != (width is None):
+        raise InputError('--height and --width say the size of a picture together; give both, or neither')
 
 
 def require_known_method(name: str):
@@ -505,6 +517,9 @@ class TeacherSettings:
 
     teacher: str
     prediction_type: str
+    height: int | None
+    width: int | None
+    embedded_guidance: float | None
     offload: tuple
 
 

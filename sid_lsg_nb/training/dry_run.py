@@ -74,6 +74,8 @@ def print_memory(config: Config):
     if shapes is None:
         print(f'memory: unknown for this kind of teacher, or before {c.teacher!r} is fetched')
         return
+    if c.height is not None:
+        shapes = shapes.at_size(c.height, c.width)
     settings = MemorySettings.of(c, guided=guidance_scales(c) != Kappa())
     parts = memory_budget(shapes, settings)
     before = ' (before sharding)' if c.fsdp else ''

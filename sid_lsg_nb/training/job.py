@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainingJob', 'find_prompts', 'with_times', 'fingerprint', 'check_layer', 'read_streams', 'check_streams',
-           'real_batches_of', 'check_inputs', 'open_on_all_ranks', 'method_of', 'averages_of', 'setup', 'data_of',
-           'set_learning_rates', 'iterate']
+           'real_batches_of', 'prepare_teacher', 'check_inputs', 'open_on_all_ranks', 'method_of', 'averages_of',
+           'setup', 'data_of', 'set_learning_rates', 'iterate']
 
 # %% ../../nbs/6_training/13_job.ipynb #imports1
 import hashlib
@@ -150,6 +150,13 @@ def real_batches_of(data: DataSettings, teacher: Teacher, processes: Distributed
         latents, data.total_batch_size, data.micro_batch, data.seed + 2, processes.shard, processes.device)
 
 
+def prepare_teacher(teacher: Teacher, settings: TeacherSettings) -> Teacher:
+    "The same, at the size and the embedded guidance of a run; raises `InputError` for what its network cannot do"
+    if settings.height is not None: teacher.set_size(settings.height, settings.width)
+    if settings.embedded_guidance is not None: teacher.set_embedded_guidance(settings.embedded_guidance)
+    return teacher
+
+
 def check_inputs(settings: RunSettings, processes: Distributed):
     "Raise `InputError` for whatever `setup` would refuse, in its words, as far as it can be known without weights"
     find_prompts(settings.data, processes)
@@ -157,7 +164,8 @@ def check_inputs(settings: RunSettings, processes: Distributed):
     if not is_local(name):
         print_once(f'teacher {name!r} is not on this machine; what it holds is checked when it is fetched')
         return
-    teacher = open_teacher(name, 'meta', prediction_type=settings.teacher.prediction_type)
+    teacher = prepare_teacher(
+        open_teacher(name, 'meta', prediction_type=settings.teacher.prediction_type), settings.teacher)
     check_streams(settings, make_method(with_times(settings.recipe, teacher), teacher.latent_shape))
     check_lora(settings.networks.lora, teacher)
     check_layer(settings.recipe, teacher)
@@ -175,6 +183,7 @@ def open_on_all_ranks(
     load = lambda: open_teacher(
         settings.teacher, processes.device, prediction_type=settings.prediction_type)
     teacher = teacher or processes.run_on_all(load)
+    processes.run_on_all(lambda: prepare_teacher(teacher, settings))
     teacher.vae_offload_device = 'cpu' if 'vae' in settings.offload else ''
     sha = fingerprint(teacher)
     processes.require_same({'the content of the teacher': sha[:12]})

@@ -7,13 +7,14 @@ from __future__ import annotations
 from .config import Config
 
 # %% auto #0
-__all__ = ['SD15', 'SD21', 'SD21_768', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'SIM_WORDS', 'SIM_PIXELS',
-           'ONE_CARD', 'EIGHT_CARDS', 'TWO_AT_ONCE', 'ALL_FP16', 'PUBLISHED', 'COMMON', 'LONG', 'PRESETS',
-           'PUBLISHED_SCORES', 'HUB_PRESET', 'preset_from_row', 'published_scores']
+__all__ = ['SD15', 'SD21', 'SD21_768', 'FLUX', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'FLUX_512',
+           'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD', 'EIGHT_CARDS', 'TWO_AT_ONCE', 'ALL_FP16', 'PUBLISHED', 'COMMON',
+           'LONG', 'PRESETS', 'PUBLISHED_SCORES', 'HUB_PRESET', 'preset_from_row', 'published_scores']
 
 # %% ../../nbs/6_training/05_presets.ipynb #b09e6191
 SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
 SD21_768 = 'stabilityai/stable-diffusion-2-1'
+FLUX = 'black-forest-labs/FLUX.1-dev'
 SDXL, PIXART = 'stabilityai/stable-diffusion-xl-base-1.0', 'PixArt-alpha/PixArt-XL-2-512x512'
 SD3, SANA = 'stabilityai/stable-diffusion-3-medium-diffusers', 'Efficient-Large-Model/Sana_600M_512px_diffusers'
 # file names of the published teachers: give --teacher PATH
@@ -25,6 +26,7 @@ SID_DIT = dict(guidance='lsg', kappa=4.5, alpha=1., loss_weight='1-t', fake_loss
                timestep_sampling='logit-normal', t_min=.001, t_max=.999, t_init=1., student_steps=4,
                total_batch_size=256, proportion_empty_prompts=.1, mixed_precision='bf16',
                lr=1e-6, lr_fake=1e-6, adam_epsilon=1e-8)                                     # 2509.25127
+FLUX_512 = dict(ema_halflife=0., kappa=1., height=512, width=512, teacher_kappa=1.)
 SIM_WORDS = dict(method='sim', loss_weight='none', mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1)
 SIM_PIXELS = PIXELS | dict(method='sim', alpha=1., loss_weight='none')
 ONE_CARD = dict(mixed_precision='fp16', sequential_gradient=True, gradient_checkpointing=True, micro_batch=1,
@@ -66,6 +68,8 @@ PUBLISHED = {  # preset               teacher guidance kappa  kimg    FID    CLI
     # 2509.25127; how many images was not found
     'sd3-sid-dit':                   (SD3,   'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
     'sana-sid-dit':                  (SANA,  'lsg',   4.5,   1_000,  None, None, SID_DIT | dict(ema_halflife=0.)),
+    # 2509.25127 at 512 pixels; kappa is ours, for guidance goes into this network as an input
+    'flux-sid-dit':                  (FLUX,  'lsg',   1.0,   1_000,  None, None, SID_DIT | FLUX_512),
     # ours: the published numbers on eight cards of 80 GB, computed in fp16, with weights, Adam and EMA in fp32
     'sd15-lsg-1.5-8x80gb':           (SD15,  'lsg',   1.5,   8_806,  None, None, EIGHT_CARDS),
     # ours, for one card
