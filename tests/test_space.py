@@ -81,3 +81,11 @@ def test_a_folder_that_holds_other_things_stays(tmp_path):
     with pytest.raises(InputError, match='exists; give another folder'):
         write_space(student_of('sd', tmp_path), tmp_path / 'space')
     assert [f.name for f in (tmp_path / 'space').iterdir()] == ['mine.txt']
+
+def test_a_student_of_another_size_draws_at_it(tmp_path):
+    teacher = open_teacher(tiny_sdxl(tmp_path / 'teacher'))
+    teacher.set_size(24, 16)
+    folder = save_student(teacher, teacher.denoiser, tmp_path / 'student')
+    assert write_space(folder, tmp_path / 'space') is True
+    drawn = np.asarray(started(tmp_path / 'space' / 'app.py').draw('a red cat', 5))
+    assert drawn.shape == (24, 16, 3) and (drawn == to_uint8(open_student(folder)(['a red cat'], [5]))[0]).all()

@@ -113,7 +113,7 @@ def to_single_file(args: Export, s: ImageSource) -> list[str]:
 def usage_lines(folder, where) -> tuple[str, str, str]:  # the import, the opening, the drawing
     "Code that opens a pipeline of a student's class at another place, and draws with it"
     family, start = family_of(folder), family_of(folder).student_start(folder)
-    code = family.usage.format(kind=start.kind, where=where, prompt='a prompt')
+    code = family.example_code(start, where, 'a prompt')
     return tuple(code.splitlines()[:3])
 
 

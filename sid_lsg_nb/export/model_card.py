@@ -270,8 +270,7 @@ def example(start:StudentStart, text:CardText, teacher:str)->str:
     family = FAMILIES[start.kind]
     known = 'a 3d fox on a white background' if teacher == 'embedded' else family.example_prompt
     prompt = (text.prompt or known).replace("'", r"\'")
-    call = ', '.join(f'{k}={v}' for k, v in start.call.items())
-    return family.usage.format(kind=start.kind, where=text.where, prompt=prompt, call=call)
+    return family.example_code(start, text.where, prompt)
 
 
 def model_card(

@@ -17,7 +17,7 @@ from ..core import InputError, __version__, atomic_folder, read_json
 from ..data.prompt_stream import PromptStream
 from ..metrics.tiny import trained_captions
 from ..method.rollout import step_times
-from ..teachers.base import StudentStart
+from ..teachers.base import StudentStart, saved_size, vae_shrink
 from .model_card import inherited_license, public_name, read_start, remove_local_paths
 from ..teachers.registry import FAMILIES
 
@@ -104,10 +104,11 @@ def drawn_by_stock(start:StudentStart, steps:int, folder)->bool:
 
 
 def latent_shape_of(folder)->tuple[int, int, int]: # (C, H, W)
-    "What the network of a saved pipeline reads, from its config"
+    "What the network of a saved pipeline reads, from its config, or by the size that its index says"
+    size, vae = saved_size(read_json(Path(folder)/'model_index.json')), read_json(Path(folder)/'vae/config.json')
     part = 'unet' if (Path(folder)/'unet').is_dir() else 'transformer'
     config = read_json(Path(folder)/part/'config.json')
-    side = config['sample_size']
+    side = [s//vae_shrink(vae) for s in size] if size else config['sample_size']
     return (config['in_channels'], *((side, side) if isinstance(side, int) else side))
 
 
@@ -127,7 +128,8 @@ def app_text(
     head = HEAD.format(version=__version__, drawn_by=drawn_by, title=title, about=about, examples=examples,
                        imports=f'from diffusers import {start.kind}{few}' if stock else PACKAGE_IMPORTS)
     if not stock: return head + WITH_PACKAGE.format(steps=steps) + PAGE
-    more = ''.join(f', {k}={v!r}' for k, v in STOCK_CALLS[start.kind].items())
+    size = {k: v for k, v in start.call.items() if k in ('height', 'width')}
+    more = ''.join(f', {k}={v!r}' for k, v in (STOCK_CALLS[start.kind] | size).items())
     told = dict(kind=start.kind, shape=latent_shape_of(folder), more=more)
     if steps == 1: return head + ONE_STEP.format(**told) + PAGE
     return head + FEW_STEPS.format(**told, rows=start.t_init + 1, times=step_times(start.t_init, steps)) + PAGE

@@ -175,6 +175,12 @@ class Teacher:
         "A saved generator, `(prompts, seeds, steps) -> [B,3,H,W]`; raises `InputError` for anything that is none"
         raise NotImplementedError
 
+    @classmethod
+    def example_code(cls, start:StudentStart, where:str, prompt:str)->str: # where: folder or repository of a student
+        "Code that draws one picture with it"
+        call = ', '.join(f'{k}={v}' for k, v in start.call.items())
+        return cls.usage.format(kind=start.kind, where=where, prompt=prompt, call=call)
+
     # ---- an open model
 
     @property
@@ -411,7 +417,8 @@ def stock_call(
 
 def vae_shrink(config:dict)->int: # of the VAE
     "Pixels of a latent's side: it halves once between two widths"
-    return 2**(len(config.get('block_out_channels', [0]*4)) - 1)
+    widths = config.get('block_out_channels') or config.get('encoder_block_out_channels') or [0]*4
+    return 2**(len(widths) - 1)
 
 # %% ../../nbs/2_teachers/03_base.ipynb #d03b21b1
 def find_pipeline(
