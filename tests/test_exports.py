@@ -6,6 +6,7 @@ is run as it stands."""
 import contextlib
 import io
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,9 +20,9 @@ from sid_lsg_nb.commands.convert import export_to
 from sid_lsg_nb.commands.options import Export
 from sid_lsg_nb.core import InputError, max_abs, noise_for
 from sid_lsg_nb.export.lora import KOHYA, extract_lora, save_lora
-from sid_lsg_nb.teachers.registry import FAMILIES, open_student
+from sid_lsg_nb.teachers.registry import FAMILIES, family_of, open_student
 from sid_lsg_nb.teachers.student import save_student
-from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl
+from sid_lsg_nb.testing import tiny_flux, tiny_flux, tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.job import iterate, setup
 from sid_lsg_nb.training.memory import plain_copy
@@ -30,12 +31,17 @@ RANK, PROMPTS = 3, ['a red cat', 'the blue dog on a shoe']
 
 @dataclass(frozen=True)
 class Case:
-    make: object  # folder -> a random teacher's
+    make: Callable  # folder -> a random teacher's
     pipeline: str  # class of diffusers
-    call: dict = field(default_factory=lambda: dict(guidance_scale=0))  # of the stock pipeline
+    call: dict = field(default_factory=dict)  # of the stock pipeline, besides what its folder says
+    pack: Callable = lambda z: z  # latents as the stock pipeline takes them
+    kohya: bool = True  # does stock diffusers read kohya's file at the size of the twin?
     pack: object = lambda z: z  # latents as the stock pipeline takes them
 
-SQUARE = dict(guidance_scale=0, use_resolution_binning=False)
+SQUARE = dict(use_resolution_binning=False)
+
+def pack(z): return diffusers.FluxPipeline._pack_latents(z, *z.shape)
+
 PACK = lambda z: FluxPipeline._pack_latents(z, *z.shape)
 CASES = {
     'sd': Case(tiny_pipeline, 'StableDiffusionPipeline'),
@@ -43,6 +49,7 @@ CASES = {
     'pixart': Case(tiny_pixart, 'PixArtAlphaPipeline', SQUARE | dict(clean_caption=False)),
     'sd3': Case(tiny_sd3, 'StableDiffusion3Pipeline'),
     'sana': Case(tiny_sana, 'SanaPipeline', SQUARE),
+    'flux': Case(tiny_flux, 'FluxPipeline', pack=pack, kohya=False),
     'flux': Case(tiny_flux, 'FluxPipeline', dict(guidance_scale=3.5, height=16, width=16), PACK),
 }
 
@@ -61,6 +68,7 @@ def trained(request, tmp_path_factory):
     for _, state in zip(range(2), iterate(job)): assert all(v.isfinite().all() for v in state.logs.values())
     save_student(job.teacher, plain_copy(job.ema.net), tmp / 'student', job.settings.recipe.t_init)
     latent = open_student(tmp / 'student').latent_shape
+    call = family_of(tmp / 'student').student_start(tmp / 'student').call | case.call
 
     def draw(pipe):
         pipe.set_progress_bar_config(disable=True)
