@@ -136,7 +136,7 @@ def app_text(
 
 # %% ../../nbs/5_export/06_space.ipynb #space010
 DRAWING = 'torch', 'diffusers', 'transformers', 'accelerate', 'safetensors', 'sentencepiece' # for stock pipelines
-GRADIO = '6.0.0' # the lower bound of the extra [demo], where no other version is installed
+GRADIO = '6.23.1' # the lower bound of the extra [demo], where no other version is installed
 
 README = '''---
 {yaml}
