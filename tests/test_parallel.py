@@ -7,7 +7,7 @@ from forks import Forked, clean_env, finish, start_ranks
 from safetensors.torch import load_file
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.testing import tiny_pipeline
-from sid_lsg_nb.testing import tiny_sd3
+from sid_lsg_nb.testing import tiny_flux, tiny_sd3
 
 FLAGS = (
     '--preset embedded --total-batch-size 8 --micro-batch 2 --log-every 8 --sample-every 800 --checkpoint-every 16 '
@@ -122,6 +122,23 @@ def test_a_flow_with_several_steps(home, chain, how):
         apart(new, load_file(home / 'chain/generator/transformer/diffusion_pytorch_model.safetensors')) < 1e-3
         and apart(new, old) > 1e-4
     )
+
+def test_packed_latents_of_another_size_in_slices(home):
+    tiny_flux(home / 'packed')
+    how = (
+        '--teacher packed --height 24 --width 16 --embedded-guidance 2 --max-train-images 16 --loss-weight 1-t '
+        '--fake-loss-weight velocity --n-eval 0 --sample-every 0 --checkpoint-every 0'
+    ).split()
+    for n, more in ((1, ['--out', 'packed-1']), (2, ['--out', 'packed-2', '--fsdp'])): run(home, n, *how, *more)
+    for x, y in zip(lines(home / 'packed-1'), lines(home / 'packed-2'), strict=True):
+        for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'): assert x[k] == pytest.approx(y[k], rel=2e-3, abs=1e-6)
+    one, two, old = (
+        load_file(home / f / 'transformer/diffusion_pytorch_model.safetensors')
+        for f in ('packed-1/generator', 'packed-2/generator', 'packed')
+    )
+    assert apart(one, two) < 1e-3 and apart(one, old) > 1e-4
+    index = json.loads((home / 'packed-2/generator/model_index.json').read_text())
+    assert (index['_height'], index['_width'], index['_guidance_scale']) == (24, 16, 2.0)
 
 FP16 = dict(
     copies=[], slices=['--fsdp'], lora='--lora both --lora-rank 4 --lr 1e-3 --lr-fake 1e-3'.split())
