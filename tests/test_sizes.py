@@ -4,9 +4,12 @@ The reference is the stock pipeline, called with the same height and width: it k
 SDXL's six numbers, PixArt's resolution, and the times that a flow's scheduler shifts."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 import pytest
 import torch
+from sid_lsg_nb.commands.compare import choose_teacher
+from sid_lsg_nb.commands.options import Compare
+from sid_lsg_nb.commands.sources import ImageSource, at_size, make_sampler, open_model
 from sid_lsg_nb.core import InputError, max_abs, noise_for
 from sid_lsg_nb.method.rollout import one_step
 from sid_lsg_nb.teachers.base import vae_shrink
@@ -125,3 +128,18 @@ def test_memory_is_counted_at_the_size():
     assert whole.at_size(512, 768).latent == (16, 64, 96)
     assert vae_shrink({}) == 8 and vae_shrink(dict(block_out_channels=[1, 2])) == 2
     assert model_shapes('embedded').at_size(32, 48).latent[1:] == tuple(s//model_shapes('embedded').shrink for s in (32, 48))
+
+def test_what_draws_can_be_told_a_size_and_a_teacher_takes_that_of_its_run(tmp_path):
+    folder = tiny_flux(tmp_path/'teacher')
+    run = ImageSource('student', 'run', 'run', config=Config(teacher=folder, height=24, width=16, embedded_guidance=2.))
+    teacher, how = choose_teacher(Compare((), teacher='run', teacher_steps=2), run)
+    assert teacher.teacher_of is run.config and how['steps'] == 2
+    model = open_model(teacher, 'cpu')
+    assert model.latent_shape == (4, 12, 8) and model.text.guidance == 2.
+    named, _ = choose_teacher(Compare((), teacher=folder), run)
+    assert named.teacher_of is None and open_model(named, 'cpu').latent_shape == (4, 8, 8)
+    draw, words = make_sampler(replace(teacher, teacher_of=None), 'cpu', steps=2, kappa=1., size=(16, 32))
+    assert draw(['a red cat'], [0]).shape == (1, 3, 16, 32) and words.endswith('16x32 pixels')
+    assert at_size(model, None, None) is model
+    with pytest.raises(InputError, match='give both'): at_size(model, 16, None)
+    with pytest.raises(InputError, match='draws at one size'): at_size(object(), 16, 16)
