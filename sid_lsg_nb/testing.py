@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['TINY_WORDS', 'tiny_vocab', 'tiny_tokenizer', 'tiny_text_encoder', 'tiny_unet', 'tiny_vae', 'tiny_pipeline',
            'tiny_sdxl_unet', 'tiny_pooled_text_encoder', 'tiny_sdxl', 'tiny_t5', 'tiny_pixart', 'tiny_clip',
-           'tiny_sd3_t5', 'tiny_sd3', 'tiny_flux', 'tiny_gemma', 'tiny_dcae', 'tiny_sana', 'quiet_libraries',
-           'open_stock', 'damaged', 'edit_json', 'swap_part', 'with_config', 'refusal', 'refuses', 'step_noises',
-           'global_noises', 'check_guided_sampling', 'check_student']
+           'tiny_sd3_t5', 'tiny_sd3', 'tiny_flux', 'tiny_gemma', 'tiny_dcae', 'tiny_sana', 'tiny_qwen_tokenizer',
+           'tiny_qwen_vl', 'tiny_qwen_image', 'tiny_z_image', 'quiet_libraries', 'open_stock', 'damaged', 'edit_json',
+           'swap_part', 'with_config', 'refusal', 'refuses', 'step_noises', 'global_noises', 'check_guided_sampling',
+           'check_student']
 
 # %% ../nbs/01_testing.ipynb #22dc0144
 import inspect, json, re, shutil, tempfile, warnings
@@ -17,10 +18,13 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
+from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers import SanaPipeline, SanaTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen3Config, Qwen3Model
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 from .core import InputError, max_abs, noise_for
@@ -286,6 +290,92 @@ def tiny_sana(
             prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.,
             beta_schedule='linear', beta_start=1e-4, beta_end=.02)
         pipe = SanaPipeline(*tiny_gemma(), tiny_dcae(), net, scheduler)
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+# %% ../nbs/01_testing.ipynb #qwen0002
+_QWEN_WORDS = """system Describe user assistant the image by detailing the color shape size texture quantity text
+spatial relationships of the objects and background""".split()
+
+def tiny_qwen_tokenizer()->Qwen2Tokenizer:
+    "Bytes, and each word of `TINY_WORDS` and of Qwen-Image's introduction as one token, after a space or not"
+    merges = {}
+    for w in ['Ġ' + w for w in _QWEN_WORDS + TINY_WORDS] + _QWEN_WORDS[:4] + TINY_WORDS:
+        head, *rest = w
+        for r in rest:
+            merges[head, r] = None
+            head += r
+    special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
+    tokens = [*list(tiny_vocab([])[0])[:256], *(a + b for a, b in merges), *special]
+    vocab = {t: i for i, t in enumerate(dict.fromkeys(tokens))}
+    return Qwen2Tokenizer(vocab=vocab, merges=list(merges), extra_special_tokens=special[1:])
+
+def tiny_qwen_vl(
+    tokenizer:Qwen2Tokenizer, # says how many tokens there are
+    width:int=16, # of the embeddings
+)->Qwen2_5_VLForConditionalGeneration:
+    "A two-layer language model that could also look at pictures, random weights"
+    rope = dict(rope_type='default', rope_theta=1e6, mrope_section=[width//8, width//16, width//16])
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2*width, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048, rope_parameters=rope,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id)
+    eyes = dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=width)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=eyes)).eval()
+
+# %% ../nbs/01_testing.ipynb #qwen0004
+def tiny_qwen_image(
+    folder, # where to write it; made if missing
+    seed:int=0, # of the weights
+    size:tuple|None=(16, 16), # height and width in pixels that the folder names; None: 256, as for Qwen-Image at 1024
+)->str: # the folder, ready for `open_teacher`
+    "Save a complete Qwen-Image pipeline with small random networks."
+    words = tiny_qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = QwenImageTransformer2DModel(
+            in_channels=16, out_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=2,
+            joint_attention_dim=16, axes_dims_rope=(4, 4, 4))
+        for block in net.transformer_blocks:
+            block.attn.to_out[0].weight.data.mul_(10)           # the text must matter
+        vae = AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[False],
+            latents_mean=[-.8, .1, .4, -.3], latents_std=[2.8, 1.5, 1.2, 2.1])
+        levels = FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, base_shift=.5, max_shift=.9, max_image_seq_len=8192, shift_terminal=.02)
+        pipe = QwenImagePipeline(levels, vae, tiny_qwen_vl(words), words, net)
+    if size: pipe.register_to_config(_height=size[0], _width=size[1])
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+# %% ../nbs/01_testing.ipynb #qwen0006
+_CHAT = """{% for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+def tiny_z_image(
+    folder, # where to write it; made if missing
+    seed:int=0, # of the weights
+    size:tuple|None=(16, 16), # height and width in pixels that the folder names; None: 1024
+)->str: # the folder, ready for `open_teacher`
+    "Save a complete Z-Image pipeline with small random networks."
+    words = tiny_qwen_tokenizer()
+    words.chat_template = _CHAT
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = ZImageTransformer2DModel(
+            in_channels=4, dim=24, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+            axes_dims=[4, 4, 4], axes_lens=[1024, 64, 64])
+        net.cap_embedder[1].weight.data.mul_(10)                # the text must matter
+        for token in (net.x_pad_token, net.cap_pad_token): torch.nn.init.normal_(token)
+        text = Qwen3Model(Qwen3Config(
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, bos_token_id=None,
+            eos_token_id=words.eos_token_id)).eval()
+        vae = AutoencoderKL.from_config(tiny_vae().config, scaling_factor=.3611, shift_factor=.1159)
+        pipe = ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.), vae, text, words, net)
+    if size: pipe.register_to_config(_height=size[0], _width=size[1])
     pipe.save_pretrained(folder)
     return str(folder)
 

@@ -22,7 +22,8 @@ from sid_lsg_nb.core import InputError, max_abs, noise_for
 from sid_lsg_nb.export.lora import KOHYA, extract_lora, save_lora
 from sid_lsg_nb.teachers.registry import FAMILIES, family_of, open_student
 from sid_lsg_nb.teachers.student import save_student
-from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl
+from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3, tiny_sdxl
+from sid_lsg_nb.testing import tiny_z_image
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.job import iterate, setup
 from sid_lsg_nb.training.memory import plain_copy
@@ -48,6 +49,8 @@ CASES = {
     'sd3': Case(tiny_sd3, 'StableDiffusion3Pipeline'),
     'sana': Case(tiny_sana, 'SanaPipeline', SQUARE),
     'flux': Case(tiny_flux, 'FluxPipeline', pack=pack, kohya=False),
+    'qwen-image': Case(tiny_qwen_image, 'QwenImagePipeline', pack=pack),
+    'z-image': Case(tiny_z_image, 'ZImagePipeline'),
 }
 
 def test_no_family_is_left_out():
@@ -71,7 +74,7 @@ def trained(request, tmp_path_factory):
         pipe.set_progress_bar_config(disable=True)
         z = noise_for([7, 8], latent).to(next(pipe.vae.parameters()).dtype)
         options = dict(latents=case.pack(z), output_type='pt') | call
-        return pipe(PROMPTS, **options).images.float()
+        return pipe(list(PROMPTS), **options).images.float()  # Z-Image's pipeline writes into the list
 
     pipe = DiffusionPipeline.from_pretrained(tmp / 'student')
     return SimpleNamespace(tmp=tmp, draw=draw, pictures=draw(pipe), case=case)

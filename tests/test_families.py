@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, QwenImagePipeline
+from diffusers import UNet2DConditionModel, UNet2DModel
 from sid_lsg_nb.core import max_abs, noise_for, rng
 from sid_lsg_nb.data.prompt_stream import PromptStream, text_batches
 from sid_lsg_nb.method.guidance import Kappa
@@ -24,7 +25,9 @@ from sid_lsg_nb.teachers.edm import edm_teacher, save_edm, tiny_edm
 from sid_lsg_nb.teachers.edm_networks import wrap_unet2d
 from sid_lsg_nb.teachers.registry import open_student, open_teacher
 from sid_lsg_nb.teachers.student import save_student
-from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl, tiny_vae
+from sid_lsg_nb.teachers.qwen_image import UNHEARD
+from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3, tiny_sdxl
+from sid_lsg_nb.testing import tiny_vae, tiny_z_image
 
 PROMPTS = ['a red cat', 'the blue dog on a shoe', 'an apple', 'the green apple']
 SID_DIT = dict(
@@ -109,6 +112,9 @@ SMALL = dict(kappa=Kappa.lsg(2.0), iterations=2, batch=1, micro=1)
 FLUX = dict(
     call=dict(guidance_scale=3.5), pack=lambda z: FluxPipeline._pack_latents(z, *z.shape),
     unpack=lambda z: FluxPipeline._unpack_latents(z, 8, 8, 1))
+QWEN = dict(
+    call=dict(true_cfg_scale=1), pack=lambda z: QwenImagePipeline._pack_latents(z, *z.shape),
+    unpack=lambda z: QwenImagePipeline._unpack_latents(z, 8, 8, 1)[:, :, 0])
 CASES = {
     'sd': Case(opened(tiny_pipeline)),
     'sd21': Case(tiny_sd21, **SMALL),
@@ -123,6 +129,8 @@ CASES = {
     'sana': Case(opened(tiny_sana), call=SQUARE),
     'sana-sid-dit': Case(opened(tiny_sana), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=SQUARE),
     'flux': Case(opened(tiny_flux), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **FLUX),
+    'qwen-image': Case(opened(tiny_qwen_image), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **QWEN),
+    'z-image': Case(opened(tiny_z_image), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=dict(guidance_scale=0)),
     'edm': Case(edm(classes=10), Kappa(), stock=False),
     'edm-no-classes': Case(edm(), Kappa(), SID_EDM, lr=1e-4, iterations=4, stock=False),
     'edm-ncsnpp': Case(edm('ncsnpp', 10), Kappa(), SID_EDM, lr=1e-4, iterations=4, stock=False),
@@ -177,11 +185,14 @@ def test_teacher_stays(trained):
         assert torch.equal(v, trained.before[k]), k
 
 def test_what_cannot_learn(trained):
-    "The queries of SD3's last block for an answer that is thrown away; the map of EDM's augment labels; no other"
+    "What makes an answer that the last block of SD3, Qwen-Image throws away; the map of EDM's augment labels; no other"
     still = [k for k, p in trained.gen.named_parameters() if torch.equal(p, trained.before[k])]
     assert still == [k for k, p in trained.fake.named_parameters() if torch.equal(p, trained.before[k])]
     block = 'net.transformer_blocks.1.attn.'
     want = [block + 'add_q_proj.weight', block + 'add_q_proj.bias'] if trained.name.startswith('sd3') else []
+    if trained.name == 'qwen-image':
+        unheard = tuple(f'net.transformer_blocks.1.{part}.' for part in UNHEARD)
+        want = [k for k in trained.before if k.startswith(unheard)]
     song = trained.name.startswith('edm') and trained.name != 'edm-unet2d'
     assert still == (['net.model.map_augment.weight'] if song else want)
 
@@ -222,7 +233,8 @@ def test_stock_diffusers_draws_what_the_generator_draws(trained):
         if trained.case.call
         else {}
     )
-    theirs = trained.case.unpack(pipe(two, **one | side | trained.case.call).images)
+    given = list(two)  # Z-Image's pipeline writes into it
+    theirs = trained.case.unpack(pipe(given, **one | side | trained.case.call).images)
     with torch.no_grad():
         ours, untrained = (one_step(net, z, t.text(two), t_init) for net in (gen, t.denoiser))
     assert max_abs(theirs, ours) < 1e-5 * ours.abs().max() and max_abs(ours, untrained) > 1e-4

@@ -7,11 +7,12 @@ from sid_lsg_nb.core import max_abs
 from sid_lsg_nb.testing import tiny_flux, tiny_sana, tiny_sd3
 from sid_lsg_nb.testing import tiny_pixart
 from sid_lsg_nb.data.prompts import count_truncated, prompts_from_list
-from sid_lsg_nb.testing import tiny_sdxl
+from sid_lsg_nb.testing import tiny_qwen_image, tiny_sdxl, tiny_z_image
 from sid_lsg_nb.teachers.registry import open_teacher
 
 FAMILIES = dict(
-    embedded=lambda f: 'embedded', sdxl=tiny_sdxl, pixart=tiny_pixart, sd3=tiny_sd3, sana=tiny_sana, flux=tiny_flux
+    embedded=lambda f: 'embedded', sdxl=tiny_sdxl, pixart=tiny_pixart, sd3=tiny_sd3, sana=tiny_sana, flux=tiny_flux,
+    qwen_image=tiny_qwen_image, z_image=tiny_z_image,
 )
 
 def read_to_the_end(text, n):

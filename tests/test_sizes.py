@@ -16,7 +16,8 @@ from sid_lsg_nb.teachers.base import vae_shrink
 from sid_lsg_nb.teachers.edm import save_edm, tiny_edm
 from sid_lsg_nb.teachers.registry import family_of, model_shapes, open_student, open_teacher
 from sid_lsg_nb.teachers.student import save_student
-from sid_lsg_nb.testing import open_stock, tiny_flux, tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl
+from sid_lsg_nb.testing import open_stock, tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3
+from sid_lsg_nb.testing import tiny_sdxl, tiny_z_image
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.trainer import train
 
@@ -38,6 +39,8 @@ CASES = {
     'sd3': Case(tiny_sd3, (18, 4, '16 and 20')),
     'sana': Case(tiny_sana, (33, 32, '32 and 64'), size=(64, 32)),
     'flux': Case(tiny_flux, (18, 4, '16 and 20'), packed),
+    'qwen-image': Case(tiny_qwen_image, (18, 4, '16 and 20'), packed),
+    'z-image': Case(tiny_z_image, (18, 4, '16 and 20')),
 }
 
 @pytest.fixture(scope='module', params=CASES)
@@ -66,7 +69,7 @@ def test_a_saved_student_keeps_it_and_stock_diffusers_draws_the_same(sized):
     assert (call['height'], call['width']) == case.size
     stock = open_stock(folder)
     given = case.latents(z) if case.latents else z
-    theirs = stock(PROMPTS, latents=given, output_type='pt', **call).images.float()*2 - 1
+    theirs = stock(list(PROMPTS), latents=given, output_type='pt', **call).images.float()*2 - 1
     mine = student(PROMPTS, [3, 4])
     assert theirs.shape[2:] == case.size and max_abs(mine, theirs) < 1e-5
     with torch.no_grad(): y = one_step(teacher.denoiser, z, teacher.text(PROMPTS), teacher.default_t_init)

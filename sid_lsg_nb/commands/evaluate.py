@@ -145,7 +145,8 @@ def sampled_images(args:Evaluate, s:ImageSource, p:Protocol, device)->tuple[Imag
     captions, p = choose_captions(args, p, open_teacher(s.path).prompts if brings_prompts(s.path) else None)
     precision, seed = args.precision or 'fp32', args.seed or 0
     sampler, how = make_sampler(
-        s, device, steps=args.steps, kappa=args.kappa, precision=precision, size=(args.height, args.width))
+        s, device, steps=args.steps, kappa=args.kappa, precision=precision, size=(args.height, args.width),
+        negative_prompt=args.negative_prompt)
     at = f' at {s.log[-1]["nimg"]:,} images' if s.log else ''
     seeds = range(seed, seed + len(captions))
     return generated_images(sampler, captions, seeds, args.batch, precision, f'{s.name}{at}, {how}'), p
@@ -199,7 +200,7 @@ def evaluate(args:Evaluate)->ScoreResult: # the same in every process
 
     Of several processes each samples its share, and the first one writes."""
     s = open_source(args.what)
-    check_sampling(s, args.steps, args.kappa)
+    check_sampling(s, args.steps, args.kappa, args.negative_prompt)
     p = choose_protocol(args, s)
     out = check_evaluate(args, s)
     processes = Distributed(args.device)

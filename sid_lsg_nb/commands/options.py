@@ -50,6 +50,7 @@ class Evaluate:
     n: int | None = None
     steps: int | None = None     # network steps; default: 1 for a one-step student, 25 with --kappa
     kappa: float | None = None   # draw as a many-step teacher with this guidance scale, by DPM-Solver++
+    negative_prompt: str = ''    # with kappa: what guidance leads away from; default: no words
     height: int | None = None    # of drawn pictures, in pixels; with width; default: what the model was made for
     width: int | None = None     # see height
     # Inception as a TorchScript file, or "bundled" for the 32-pixel scorer; default: fetched once by

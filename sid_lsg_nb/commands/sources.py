@@ -135,8 +135,10 @@ def newest_run(root='runs')->Path|None: # None: there is none
     return max(filter(has_generator, runs), key=lambda run: (run/'generator').stat().st_mtime, default=None)
 
 # %% ../../nbs/7_commands/04_sources.ipynb #4250ac0c
-def check_sampling(s:ImageSource, steps:int|None=None, kappa:float|None=None):
+def check_sampling(s:ImageSource, steps:int|None=None, kappa:float|None=None, negative_prompt:str=''):
     "Raise `InputError` if images cannot be had from it in this way"
+    if negative_prompt and kappa is None:
+        raise InputError('--negative-prompt is what guidance leads away from; add --kappa, or leave it away')
     if s.kind == 'images' and (steps is not None or kappa is not None):
         raise InputError(f'{s.path!r} is a folder of pictures, nothing is drawn; leave --steps and --kappa away')
     if s.kind == 'pipeline' and (steps is not None or kappa is not None):
@@ -201,13 +203,16 @@ def make_sampler(
     kappa:float|None=None, # guidance scale of a teacher
     precision:str='fp32', # a key of `DTYPES`
     size:tuple=(None, None), # height and width in pixels, where it shall be another than its own
+    negative_prompt:str='', # of a teacher; '': no words
 ): # (sampler, how)
     "A function `(prompts, seeds) -> images` and how it samples; raises `InputError` as `check_sampling`"
-    check_sampling(s, steps, kappa)
+    check_sampling(s, steps, kappa, negative_prompt)
     steps = steps or (1 if kappa is None else 25)
     model = at_size(open_model(s, device, precision), *size)
     if s.kind == 'pipeline': return model, model.words()
+    if negative_prompt: model.set_negative_prompt(negative_prompt)
     words = sampling_words(steps, kappa) + (f', {size[0]}x{size[1]} pixels' if size[0] else '')
+    words += f', away from {negative_prompt!r}' if negative_prompt else ''
     return sampler_of(model, steps, kappa), words
 
 

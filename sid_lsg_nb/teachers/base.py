@@ -232,6 +232,14 @@ class Teacher:
             f'teacher {self.path!r} draws pictures of one size only, so not {height}x{width}; leave --height and '
             '--width away')
 
+    def set_negative_prompt(self, prompt:str):
+        "Have it stand for no prompt; raises `InputError` where all prompts are known, such as the names of classes"
+        if self.brings_prompts:
+            raise InputError(
+                f'teacher {self.path!r} has a list of all prompts that there are, so {prompt[:60]!r} cannot stand for '
+                'none; leave --negative-prompt away')
+        self.text.set_negative_prompt(prompt)
+
     def sample(self,
         z:Tensor, # start noise [B,C,H,W]
         cond:Cond, null:Cond, # conditioning of the prompts [B, ...] and of "" [1, ...]
@@ -418,7 +426,7 @@ def stock_call(
 def vae_shrink(config:dict)->int: # of the VAE
     "Pixels of a latent's side: it halves once between two widths"
     widths = config.get('block_out_channels') or config.get('encoder_block_out_channels') or [0]*4
-    return 2**(len(widths) - 1)
+    return 2**len(config.get('temperal_downsample') or widths[1:])
 
 # %% ../../nbs/2_teachers/03_base.ipynb #d03b21b1
 def find_pipeline(

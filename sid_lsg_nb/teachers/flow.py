@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHIFT_ARGUMENTS', 'FlowDenoiser', 'one_step_flow_scheduler', 'latent_shift', 'shift_function', 'flow_schedule',
-           'FlowTeacher', 'write_legacy_tokenizers', 'check_flow_parts', 'flow_teacher', 'FlowStudent',
+           'folder_shapes', 'FlowTeacher', 'write_legacy_tokenizers', 'check_flow_parts', 'flow_teacher', 'FlowStudent',
            'load_flow_student']
 
 # %% ../../nbs/2_teachers/08_flow.ipynb #68a1f295
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from ..core import Cond, InputError, atomic_folder, noise_for
 from ..method.schedule import FlowSchedule
 from .loading import require
-from .base import Denoiser, PipelineTeacher, check_no_prediction_type
+from .base import Denoiser, ModelShapes, PipelineTeacher, check_no_prediction_type, read_config
+from .base import saved_size, vae_shrink
 from ..method.rollout import few_steps, step_times
 from .student import Student, student_folder, write_vocabulary_files
+from .stable_diffusion import count_weights
 
 # %% ../../nbs/2_teachers/08_flow.ipynb #d1c9ee5d
 class FlowDenoiser(Denoiser):
@@ -54,6 +56,20 @@ def flow_schedule(
     half = scheduler.time_shift(mu, 1., .5)
     return FlowSchedule(half/(1 - half))
 
+def folder_shapes(
+    path, # a pipeline's folder, or what is none on this machine
+    make, # (the transformer's config, millions of weights of text encoders and of the VAE) -> `ModelShapes`
+    text:tuple[str, ...]=('text_encoder',), # names of the text encoders
+)->ModelShapes|None: # None: it is not on this machine
+    "What a folder says about its size"
+    folder = Path(path).expanduser()
+    config, vae = (read_config(folder/part/'config.json') for part in ('transformer', 'vae'))
+    if not config: return None
+    said, drawn = (sum(count_weights(folder/part) for part in parts)/1e6 for parts in (text, ('vae',)))
+    whole = replace(make(config, said, drawn), shrink=vae_shrink(vae))
+    size = saved_size(read_config(folder/'model_index.json'))
+    return whole.at_size(*size) if size else whole
+
 @dataclass
 class FlowTeacher(PipelineTeacher):
     "A flow-matching pipeline; each family of this kind is a subclass"
@@ -73,6 +89,13 @@ class FlowTeacher(PipelineTeacher):
     def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
         "Pictures to latents, undone by `decode`"
         return super().encode(pixels) - latent_shift(self.vae)
+
+    @classmethod
+    def random(cls, name, device)->'FlowTeacher':
+        "Nothing: raises `InputError`, for three networks of such a size fit no single card"
+        raise InputError(
+            f'{name} with random weights is not made on {device}: three networks of its size fit no single card; '
+            'count its memory from shapes, with --memory')
 
     @classmethod
     def open_student(cls, folder, device='cpu', dtype=torch.float32)->'FlowStudent':
@@ -147,7 +170,7 @@ def write_legacy_tokenizers(
         ):
             continue
         if kind[1] in ('T5Tokenizer', 'GemmaTokenizer'): kind[1] += 'Fast'
-        if kind[1] == 'CLIPTokenizer' and not words.with_name('vocab.json').exists():
+        if kind[1] in ('CLIPTokenizer', 'Qwen2Tokenizer') and not words.with_name('vocab.json').exists():
             write_vocabulary_files(words.parent)
     file.write_text(json.dumps(index, indent=2) + '\n')
 
@@ -165,7 +188,8 @@ def check_flow_parts(
     require(not levels.get('use_dynamic_shifting') or shift_function(pipe), path,
             f'its scheduler shifts times by picture size, which {type(pipe).__name__} does not tell it',
             'save one with use_dynamic_shifting false and a fixed shift')
-    channels, takes = pipe.vae.config.latent_channels, pipe.transformer.config.in_channels
+    vae, takes = pipe.vae.config, pipe.transformer.config.in_channels
+    channels = vae.get('latent_channels') or vae.z_dim
     require(channels*packed == takes, path,
             f'the VAE has {channels} latent channels, the transformer takes {takes}'
             f'{f" ({packed} times as many as the VAE has)"*(packed > 1)}')

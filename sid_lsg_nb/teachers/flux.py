@@ -9,7 +9,7 @@ __all__ = ['FLUX_LAYOUT', 'GUIDANCE', 'FLUX_SHAPES', 'FluxTextEncoder', 'FluxDen
 # %% ../../nbs/2_teachers/14_flux.ipynb #flux0003
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import torch
@@ -18,11 +18,10 @@ from torch import Tensor
 from ..core import Cond, InputError
 from .text_encoder import TextEncoder, padded_ids, token_counter
 from .loading import CLIP_TOKENIZERS, PLAIN_VAE, T5_TOKENIZERS, Layout, require
-from .base import ModelShapes, read_config, saved_size, vae_shrink
+from .base import ModelShapes
 from .student import prefix_text_keys
-from .stable_diffusion import count_weights
 from .flow import FlowDenoiser, FlowStudent, FlowTeacher, check_flow_parts, flow_teacher
-from .flow import load_flow_student
+from .flow import folder_shapes, load_flow_student
 from .sd3 import SD3Denoiser
 
 # %% ../../nbs/2_teachers/14_flux.ipynb #flux0007
@@ -42,7 +41,7 @@ class FluxTextEncoder(TextEncoder):
     def __call__(self,
         prompts:list[str],
     )->Cond: # encoder_hidden_states [B,512,D], pooled_projections [B,P], and perhaps guidance [B]; all float32
-        prompts, where = list(prompts), self.device
+        prompts, where = self.fill_empty(prompts), self.device
         short = padded_ids(self.tokenizer, prompts, self.tokenizer.model_max_length, where)
         long = padded_ids(self.tokenizer_2, prompts, self.length, where)
         said = dict(
@@ -138,21 +137,7 @@ class FluxTeacher(FlowTeacher):
     @classmethod
     def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
         "What a folder says about its size, or what is published"
-        folder = Path(path).expanduser()
-        config = read_config(folder/'transformer/config.json')
-        if not config: return super().shapes(path)
-        text, vae = (sum(count_weights(folder/p) for p in parts)/1e6
-                     for parts in (('text_encoder', 'text_encoder_2'), ('vae',)))
-        size, shrink = saved_size(read_config(folder/'model_index.json')), vae_shrink(read_config(folder/'vae/config.json'))
-        whole = replace(flux_shapes(config, text, vae), shrink=shrink)
-        return whole.at_size(*size) if size else whole
-
-    @classmethod
-    def random(cls, name, device)->'FluxTeacher':
-        "Nothing: raises `InputError`, for three networks of this size fit no single card"
-        raise InputError(
-            f'{name} with random weights is not made on {device}: its text encoders and one network alone take 67 GB '
-            'in fp32; count its memory from shapes, with --memory')
+        return folder_shapes(path, flux_shapes, ('text_encoder', 'text_encoder_2')) or super().shapes(path)
 
     @property
     def default_latent_shape(self)->tuple[int, int, int]: # (C, H, W)

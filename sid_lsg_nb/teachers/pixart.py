@@ -55,7 +55,7 @@ class PixArtTextEncoder(TextEncoder):
     def __call__(self,
         prompts:list[str],
     )->Cond: # encoder_hidden_states [B,L,D] float32, encoder_attention_mask [B,L] integers, and `micro`
-        words = {k: to_device(v, self.model.device) for k, v in self.tokens(prompts).items()}
+        words = {k: to_device(v, self.model.device) for k, v in self.tokens(self.fill_empty(prompts)).items()}
         return dict(
             encoder_hidden_states=self.model(**words)[0].float(),
             encoder_attention_mask=words['attention_mask'],

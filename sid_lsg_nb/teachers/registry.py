@@ -21,6 +21,8 @@ from .sana import SanaTeacher
 from .single_file import is_single_file, detect_model, open_single_file, read_single_file
 from .edm import EDMTeacher
 from .flux import FluxTeacher
+from .qwen_image import QwenImageTeacher
+from .z_image import ZImageTeacher
 
 # %% ../../nbs/2_teachers/17_registry.ipynb #041fb279
 FAMILIES:dict[str, type[Teacher]] = {} # by their `kinds`
@@ -35,7 +37,8 @@ def register_family(
     return family
 
 for family in (
-    StableDiffusionTeacher, SDXLTeacher, PixArtTeacher, SD3Teacher, SanaTeacher, EDMTeacher, FluxTeacher
+    StableDiffusionTeacher, SDXLTeacher, PixArtTeacher, SD3Teacher, SanaTeacher, EDMTeacher, FluxTeacher,
+    QwenImageTeacher, ZImageTeacher
 ): register_family(family)
 
 def find_family(path)->type[Teacher]|None: # None: of none, or not known before it is fetched or read

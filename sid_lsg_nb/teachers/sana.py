@@ -70,8 +70,8 @@ class SanaTextEncoder(TextEncoder):
         )
 
     def null(self)->Cond: # the same with B = 1
-        "The conditioning of \"\": no instruction"
-        if self._null is None: self._null = self.encode([''])
+        "The conditioning of the negative prompt: no instruction"
+        if self._null is None: self._null = self.encode([self.negative_prompt])
         return self._null
 
     def token_counters(self)->dict[int, Callable]:

@@ -40,7 +40,7 @@ class SD3TextEncoder(TextEncoder):
         prompts:list[str],
     )->Cond: # {'encoder_hidden_states': [B, 77 + 256, D], 'pooled_projections': [B, P]}, float32
         # the first tokenizer's, for both
-        prompts = list(prompts)
+        prompts = self.fill_empty(prompts)
         short = self.clips[0][0].model_max_length
         read = [
             text(padded_ids(words, prompts, short, self.device), output_hidden_states=True)

@@ -56,6 +56,7 @@ class SDXLTextEncoder(TextEncoder):
     def __call__(self,
         prompts:list[str],
     )->Cond: # encoder_hidden_states [B,L,D1+D2] and text_embeds [B,P], float32; time_ids [B,6], integers
+        prompts = self.fill_empty(prompts)
         said = [
             m(to_device(ids, m.device), output_hidden_states=True)
             for m, ids in zip(self.models, self.tokens(prompts))

@@ -13,19 +13,28 @@ from ..core import Cond, to_device
 # %% ../../nbs/2_teachers/01_text_encoder.ipynb #5a4fca6b
 class TextEncoder:
     "Prompts to `Cond`: what every family's encoder can be asked; a subclass writes `__call__` and has a `model`"
+    negative_prompt = '' # what is encoded in the place of an empty prompt
     _null:Cond|None = None # made when it is first asked for
 
     @property
     def device(self)->torch.device: return self.model.device
 
     def __call__(self, prompts:list[str])->Cond: # every value [B, ...]
-        "The conditioning of B prompts"
+        "The conditioning of B prompts; begins with `fill_empty`"
         raise NotImplementedError
 
+    def fill_empty(self, prompts:list[str])->list[str]:
+        "The same prompts, with the negative one in the place of each that is empty"
+        return [p or self.negative_prompt for p in prompts]
+
     def null(self)->Cond: # every value [1, ...]
-        "The conditioning of \"\", made once"
-        if self._null is None: self._null = self([''])
+        "The conditioning of the negative prompt, which is \"\" unless another is set; made once"
+        if self._null is None: self._null = self([self.negative_prompt])
         return self._null
+
+    def set_negative_prompt(self, prompt:str):
+        "Have another prompt stand for no prompt from now on"
+        self.negative_prompt, self._null = prompt, None
 
     def token_counters(self)->dict[int, Callable]: # tokens that are read -> counts those of prompts
         "Counts tokens that are read and cut off, one entry per tokenizer; empty if nothing is cut"
@@ -69,9 +78,8 @@ class CLIPTextEncoder(TextEncoder):
 
     @torch.no_grad()
     def __call__(self, prompts:list[str])->Cond: # {'encoder_hidden_states': [B, L, D]}, float32
-        return dict(
-            encoder_hidden_states=self.model(to_device(self.tokens(prompts), self.model.device))[0].float()
-        )
+        ids = to_device(self.tokens(self.fill_empty(prompts)), self.model.device)
+        return dict(encoder_hidden_states=self.model(ids)[0].float())
 
     def token_counters(self)->dict[int, Callable]:
         "The one tokenizer's"

@@ -60,6 +60,9 @@ class Config:
     kappa4: float | None = None    # override: the teacher
     # guidance acts at times of x_t below it, from there on all are asked without; default: at all times
     guidance_t_max: int | float | None = None
+    # what guidance leads away from, and what a dropped prompt becomes; default: no words (what the teacher's
+    # pipeline has for that)
+    negative_prompt: str = ''
     # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
     # (Diff-Instruct); or FILE.py:NAME, a loss or a method of your own. Naming a file runs it
     method: str = 'sid'
@@ -520,6 +523,7 @@ class TeacherSettings:
     height: int | None
     width: int | None
     embedded_guidance: float | None
+    negative_prompt: str
     offload: tuple
 
 

@@ -151,9 +151,10 @@ def real_batches_of(data: DataSettings, teacher: Teacher, processes: Distributed
 
 
 def prepare_teacher(teacher: Teacher, settings: TeacherSettings) -> Teacher:
-    "The same, at the size and the embedded guidance of a run; raises `InputError` for what its network cannot do"
+    "The same, at a run's size, embedded guidance and negative prompt; raises `InputError` for what it cannot do"
     if settings.height is not None: teacher.set_size(settings.height, settings.width)
     if settings.embedded_guidance is not None: teacher.set_embedded_guidance(settings.embedded_guidance)
+    if settings.negative_prompt: teacher.set_negative_prompt(settings.negative_prompt)
     return teacher
 
 

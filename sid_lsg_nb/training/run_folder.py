@@ -75,7 +75,8 @@ def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are n
     return good, len(bad) + len(rows) - len(good)
 
 # %% ../../nbs/6_training/06_run_folder.ipynb #4d568a03
-FIXED_SETTINGS = ('prediction_type', 'height', 'width', 'embedded_guidance', 'seed', 't_init', 'student_steps')
+FIXED_SETTINGS = (
+    'prediction_type', 'height', 'width', 'embedded_guidance', 'negative_prompt', 'seed', 't_init', 'student_steps')
 
 
 def has_type(value, hint) -> bool:
