@@ -171,3 +171,33 @@ def test_diffusers_own_converter_leads_back(pipeline, skip):
     want = products(state)
     assert set(back) >= set(want) and all(max_abs(back[k], want[k]) < 1e-4 for k in want)
     assert all(back[k].abs().max() == 0 for k in set(back) - set(want))
+
+# ---- one file
+
+def open_file(trained, file):
+    "What `from_single_file` makes of it"
+    kind, folder = getattr(diffusers, trained.case.pipeline), trained.tmp / 'student'
+    pipe = kind.from_single_file(file, config=str(folder), local_files_only=True)
+    for part in pipe.components.values(): part.eval() if isinstance(part, torch.nn.Module) else None
+    return pipe
+
+def count_numbers(tensors): return sum(v.numel() for v in tensors.values())
+
+def test_one_file_draws_the_same_or_is_refused(trained):
+    file = trained.tmp / 'one.safetensors'
+    write = lambda: export(trained, 'single-file', out=str(file), dtype='fp32', title='One')
+    refused = dict(pixart='no from_single_file in diffusers', sana='no from_single_file in diffusers', sd3='not the identity')
+    why = next((words for make, words in refused.items() if CASES[make] is trained.case), '')
+    if why:
+        with pytest.raises(InputError, match=why): write()
+        assert not file.exists()
+        return
+    said = write()
+    if trained.case.pipeline == 'FluxPipeline':  # diffusers reads its transformer at the real width only
+        assert 'ManualSigmas "1, 0"' in said[1] and 'FluxGuidance' in said[1]
+        parts = open_student(trained.tmp / 'student').pipe.components.values()
+        networks = [p.state_dict() for p in parts if isinstance(p, torch.nn.Module)]
+        assert count_numbers(load_file(file)) == sum(map(count_numbers, networks))
+        return
+    assert 'ManualSigmas "2.5' in said[1]
+    assert max_abs(trained.draw(open_file(trained, file)), trained.pictures) < 5e-6

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIONS', 'DTYPES', 'EXPORTERS', 'REFUSED', 'check_options', 'format_size', 'read_t_init_and_sigma', 'output_path',
-           'to_single_file', 'usage_lines', 'lora_lines', 'lora_rank', 'to_lora', 'to_onnx', 'to_16_bit', 'to_card',
-           'to_space', 'check_export', 'export_to', 'unet_file', 'import_from']
+           'sigma_words', 'to_single_file', 'usage_lines', 'lora_lines', 'lora_rank', 'to_lora', 'to_onnx', 'to_16_bit',
+           'to_card', 'to_space', 'check_export', 'export_to', 'unet_file', 'import_from']
 
 # %% ../../nbs/7_commands/07_convert.ipynb #562005fa
 import json, re, shlex
@@ -19,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from ..core import InputError, pick_device
 from ..teachers.base import find_pipeline, scheduler_config
 from ..export.import_checkpoint import import_student
-from ..export.formats import add_variant, export_onnx, save_single_file, t_init_and_sigma
+from ..export.formats import add_variant, export_onnx, t_init_and_sigma
 from ..export.lora import save_lora
+from ..export.original_layouts import export_single_file
 from ..teachers.single_file import is_single_file
 from ..teachers.registry import FAMILIES, family_of, open_teacher
 from ..export.model_card import push_to_hub, write_card
@@ -96,17 +97,26 @@ def output_path(args: Export, s: ImageSource, ending: str) -> Path:
     return out
 
 # %% ../../nbs/7_commands/07_convert.ipynb #aedfae00
+def sigma_words(folder) -> tuple[str, str]:  # of a saved student: the first sigma, and what it is
+    "Where the one step begins, for other programs"
+    if 'FlowMatch' in scheduler_config(folder)['_class_name']: return '1', 'sigma 1 (t = 1000)'
+    t, sigma = read_t_init_and_sigma(folder)
+    return f'{sigma:.4f}', f'sigma {sigma:.4f} (t = {t}), which no program can guess'
+
+
 def to_single_file(args: Export, s: ImageSource) -> list[str]:
-    "One file with the names of the original Stable Diffusion code"
-    out = output_path(args, s, '.safetensors')
-    t, sigma = read_t_init_and_sigma(s.path)
-    save_single_file(s.path, out, DTYPES[args.dtype], args.title or None)
+    "One file with the names of the family's original code"
+    out, family = output_path(args, s, '.safetensors'), family_of(s.path)
+    first, begins = sigma_words(s.path)
+    export_single_file(s.path, out, DTYPES[args.dtype], args.title or None)
+    a1111 = (
+        f'A1111: sampler Euler, schedule type Karras, 1 step, CFG scale 1, sigma max {first} in the sampler settings')
+    told = 'FluxGuidance with the scale of the training, ' if 'FluxPipeline' in family.kinds else ''
     return [
-        f'{out}: {format_size(out)}, {args.dtype}, the layout of the original Stable Diffusion code; its one step '
-        f'starts at sigma {sigma:.4f} (t = {t}), which no program can guess',
-        f'ComfyUI: Load Checkpoint, SamplerCustom with cfg 1, KSamplerSelect euler, ManualSigmas "{sigma:.4f}, 0"',
-        f'A1111: sampler Euler, schedule type Karras, 1 step, CFG scale 1, sigma max {sigma:.4f} in the sampler '
-        f'settings',
+        f'{out}: {format_size(out)}, {args.dtype}, the layout of the original {family.title} code; its one step '
+        f'starts at {begins}',
+        f'ComfyUI: Load Checkpoint, {told}SamplerCustom with cfg 1, KSamplerSelect euler, ManualSigmas "{first}, 0"',
+        *([a1111] if first != '1' else []),
     ]
 
 

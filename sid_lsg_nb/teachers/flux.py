@@ -123,6 +123,7 @@ class FluxTeacher(FlowTeacher):
     kinds, layouts = ('FluxPipeline',), (FLUX_LAYOUT,)
     title = 'FLUX.1'
     default_preset = 'flux-sid-dit'
+    exports = ('single-file', *FlowTeacher.exports)
     published = FLUX_SHAPES
     patch = 2 # packing makes the patches, not the network
 

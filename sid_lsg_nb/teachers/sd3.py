@@ -122,6 +122,7 @@ class SD3Teacher(FlowTeacher):
     kinds, layouts = ('StableDiffusion3Pipeline',), (SD3_LAYOUT,)
     title = 'Stable Diffusion 3'
     default_preset = 'sd3-sid-dit'
+    exports = ('single-file', *FlowTeacher.exports)
     card_tags = SD_TAGS
 
     @classmethod

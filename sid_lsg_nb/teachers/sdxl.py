@@ -160,6 +160,7 @@ class SDXLTeacher(PipelineTeacher):
     kinds, layouts = ('StableDiffusionXLPipeline',), (SDXL_LAYOUT,)
     title = 'SDXL'
     default_preset = 'sdxl-sim'
+    exports = ('single-file', *PipelineTeacher.exports)
     stock_step = 8
     student_scheduler = ONE_STEP_EULER
     card_tags = SD_TAGS
