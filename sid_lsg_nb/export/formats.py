@@ -236,14 +236,14 @@ def modelspec_metadata(pipe: StableDiffusionPipeline, tensors: dict[str, Tensor]
         pipe.unet.config.cross_attention_dim,
         pipe.scheduler.config.prediction_type == 'v_prediction',
     )
-    h, w = (s, s) if isinstance(s := pipe.unet.config.sample_size, int) else s
-    zoom = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    h, w = saved_size(pipe.config) or (
+        side * pipe.vae_scale_factor for side in shape_of_latent(pipe.unet.config)[1:])
     code = 'Stability-AI/generative-models' if hasattr(pipe, 'text_encoder_2') else 'CompVis/stable-diffusion'
     spec = dict(
         sai_model_spec='1.0.0',
         implementation=f'https://github.com/{code}',
         title=title,
-        resolution=f'{w * zoom}x{h * zoom}',
+        resolution=f'{w}x{h}',
         prediction_type='v' if v else 'epsilon',
         architecture=ARCHITECTURES.get(context, 'latent-diffusion').format('768-v' if v else '512'),
         timestep_range=f'{t},{t}',
