@@ -8,7 +8,6 @@ import io
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 import diffusers
 import pytest
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from sid_lsg_nb.commands.convert import export_to
 from sid_lsg_nb.commands.options import Export
 from sid_lsg_nb.core import InputError, max_abs, noise_for
-from sid_lsg_nb.export.lora import KOHYA, extract_lora, save_lora
+from sid_lsg_nb.export.lora import KOHYA, save_lora
 from sid_lsg_nb.teachers.registry import FAMILIES, family_of, open_student
 from sid_lsg_nb.teachers.student import save_student
 from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3, tiny_sdxl
