@@ -185,7 +185,8 @@ def count_numbers(tensors): return sum(v.numel() for v in tensors.values())
 def test_one_file_draws_the_same_or_is_refused(trained):
     file = trained.tmp / 'one.safetensors'
     write = lambda: export(trained, 'single-file', out=str(file), dtype='fp32', title='One')
-    refused = dict(pixart='no from_single_file in diffusers', sana='no from_single_file in diffusers', sd3='not the identity')
+    none = 'no from_single_file in diffusers'
+    refused = {'pixart': none, 'sana': none, 'qwen-image': none, 'z-image': none, 'sd3': 'not the identity'}
     why = next((words for make, words in refused.items() if CASES[make] is trained.case), '')
     if why:
         with pytest.raises(InputError, match=why): write()
