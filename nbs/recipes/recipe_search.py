@@ -1,16 +1,20 @@
 """Trials of the recipe for the bundled teacher: each line of a list is a run, scored on whole passes over the captions.
 
     python nbs/recipes/recipe_search.py trials.jsonl nbs/images/recipe_search.jsonl
+    python nbs/recipes/recipe_search.py more.jsonl nbs/images/recipe_search.jsonl RUN    # each goes on from this run
 
 A trial is a name and settings of `sid-lsg distill` that differ from `START`; beside them `passes` over the captions for the
 score and `averages`, further half-lives. All trials have a seed that no published row has. A name whose result is there is
-not run again, and several of these programs may work on one list: a trial belongs to who makes its folder first.
+not run again, and several of these programs may work on one list: a trial belongs to who makes its folder first. Where a run
+is named, generator and fake begin as it left them (its newest checkpoint), and optimisers, average and rates anew: what would
+this setting still change at the end of a long run?
 """
 import json, sys
 from pathlib import Path
 import torch
 from sid_lsg_nb.method.optim import EMA
 from sid_lsg_nb.metrics.tiny import TinyClip, draw_passes, load_captions, score_passes
+from sid_lsg_nb.training.checkpoint import load_latest
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.drawing import student_draw
 from sid_lsg_nb.training.job import iterate, setup
@@ -20,10 +24,18 @@ START = dict(
     seed=SEED, kappa=1.1, t_max=980, lr=1e-4, lr_fake=1e-4, lr_scheduler='linear', ema_halflife=2_000, ema_rampup=.2)
 
 
-def train(settings: dict, averages: list[float]) -> tuple:  # the job, its averages by half-life
+def go_on(job, run: Path):
+    "Generator and fake as a run left them; the average begins at the generator"
+    state = load_latest(run/'checkpoints')[1]
+    for role, learner in job.nets.learners.items(): learner.net.load_state_dict(state[role])
+    job.ema.net.load_state_dict(state['generator'])
+
+
+def train(settings: dict, averages: list[float], run: Path | None) -> tuple:  # the job, its averages by half-life
     "One run without a folder"
     config = Config(**START | settings)
     job, batch = setup(config), config.total_batch_size
+    if run: go_on(job, run)
     net = job.nets.learners['generator'].net
     others = {h: EMA(net, h, config.ema_rampup) for h in averages}
     for s in iterate(job):
@@ -43,17 +55,18 @@ def scored(job, ema: EMA, passes: int) -> dict:
     return {k: round(v, 4) for k, v in found.items()}
 
 
-def trial(name: str, settings: dict) -> dict:
+def trial(name: str, settings: dict, run: Path | None) -> dict:
     "A line of the results"
     more = dict(settings)
     passes, averages = more.pop('passes', 2), more.pop('averages', [])
-    job, emas = train(more, averages)
+    job, emas = train(more, averages, run)
     scores = {f'{h:g}': scored(job, ema, passes) for h, ema in emas.items()}
     n = passes*len(load_captions().captions)
-    return dict(name=name, settings=START | more, images=job.nimg, n=n, scores=scores)
+    row = dict(name=name, settings=START | more, images=job.nimg, n=n, scores=scores)
+    return row | (dict(after=json.loads((run/'config.json').read_text())['max_train_images']) if run else {})
 
 
-def main(trials: str, results: str):
+def main(trials: str, results: str, run: str = ''):
     "All trials that nobody has begun, one after the other, on one thread"
     torch.set_num_threads(1)
     begun = Path(f'{results}.begun')
@@ -62,7 +75,7 @@ def main(trials: str, results: str):
         t = json.loads(line)
         try: (begun/t['name']).mkdir()
         except FileExistsError: continue
-        row = trial(t['name'], t['settings'])
+        row = trial(t['name'], t['settings'], Path(run) if run else None)
         with open(results, 'a') as f: f.write(json.dumps(row) + '\n')
 
 
