@@ -11,8 +11,8 @@ import tyro
 from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
-from .commands.options import Bench, CheckData, Compare, Demo, Evaluate, Export, Import, Notebooks
-from .commands.options import Sample, Status, Watch
+from .commands.options import Bench, CheckData, Compare, Demo, Doctor, Evaluate, Export, Import
+from .commands.options import Notebooks, Sample, Status, Watch
 from .training.config import GROUPS, Config, check
 from .training.presets import PRESETS, HUB_PRESET, published_scores
 from .training.config import grouped_settings
@@ -207,9 +207,14 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
         'A page in the browser on a run in progress: curves, newest pictures, time left, alarms.',
         'commands.demo.watch',
     ),
+    Doctor: (
+        'doctor',
+        'Is a run converging? How late its fake is, norms, scores, pictures; and what usually helps.',
+        'commands.doctor.doctor',
+    ),
     Export: (
         'export',
-        'Write a student in another format: single file, LoRA, ONNX, fp16 files; or its model card.',
+        'Write a student in another format: single file, LoRA, ONNX, fp16 files; or its model card, or a Space.',
         'commands.convert.export_to',
     ),
     Import: (

@@ -9,7 +9,8 @@ from typing import Literal
 import tyro
 
 # %% auto #0
-__all__ = ['Sample', 'Status', 'Evaluate', 'Compare', 'Demo', 'Watch', 'Export', 'Import', 'Notebooks', 'CheckData', 'Bench']
+__all__ = ['Sample', 'Status', 'Doctor', 'Evaluate', 'Compare', 'Demo', 'Watch', 'Export', 'Import', 'Notebooks', 'CheckData',
+           'Bench']
 
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Sample:
 class Status:
     "Where runs stand"
     run: tyro.conf.Positional[tuple[str, ...]] = () # run folders; default: all below runs/
+
+@dataclass(frozen=True)
+class Doctor:
+    "Is a run converging? What its newest checkpoint and its log show, and what usually helps"
+    run: tyro.conf.Positional[str] # run folder
+    steps: int = 20      # of the fake at rest, to see how late it is; nothing of them is kept
+    device: str = 'auto' # auto, cpu, cuda, mps
 
 # %% ../../nbs/7_commands/01_options.ipynb #cb38de3e
 @dataclass(frozen=True)
