@@ -52,7 +52,8 @@ def score_distillation(recipe:Recipe, loss:Loss)->ScoreDistillation:
     rollout = OneStep(r.t_init) if r.student_steps == 1 else FewSteps(r.t_init, r.student_steps, r.renoise)
     method = ScoreDistillation(
         (ScoreTerm(loss, r.loss_weight),), rollout=rollout, kappa=r.kappa, t_min=r.t_min, t_max=r.t_max,
-        guidance_t_max=r.guidance_t_max, timestep_sampling=r.timestep_sampling, timestep_sampling_fake=r.timestep_sampling_fake,
+        guidance_t_max=r.guidance_t_max,
+        timestep_sampling=r.timestep_sampling, timestep_sampling_fake=r.timestep_sampling_fake,
         fake_loss_weight=r.fake_loss_weight, fake_updates=r.fake_updates, gradient=r.gradient)
     return add_adversary(method, r.adversary) if r.adversary else method
 

@@ -354,7 +354,8 @@ def check_method(m:ScoreDistillation):
     if not 0 <= m.t_min < m.t_max:
         raise InputError(f't range [{m.t_min}, {m.t_max}) is empty or negative; the published one is [20, 980)')
     if not m.guidance_t_max > m.t_min:
-        raise InputError(f'guidance_t_max {m.guidance_t_max:g} is not above t_min {m.t_min:g}: guidance would act nowhere')
+        raise InputError(
+            f'guidance_t_max {m.guidance_t_max:g} is not above t_min {m.t_min:g}: guidance would act nowhere')
 
 # %% ../../nbs/1_method/08_steps.ipynb #f8732a26
 class StepResult(NamedTuple):

@@ -65,6 +65,7 @@ def folder_shapes(
     folder = Path(path).expanduser()
     config, vae = (read_config(folder/part/'config.json') for part in ('transformer', 'vae'))
     if not config: return None
+    config = {k: v for k, v in config.items() if k[0] != '_'}
     said, drawn = (sum(count_weights(folder/part) for part in parts)/1e6 for parts in (text, ('vae',)))
     whole = replace(make(config, said, drawn), shrink=vae_shrink(vae))
     size = saved_size(read_config(folder/'model_index.json'))
@@ -74,6 +75,8 @@ def folder_shapes(
 class FlowTeacher(PipelineTeacher):
     "A flow-matching pipeline; each family of this kind is a subclass"
     default_t_init = 1. # stock pipelines begin with noise of size 1
+    shapes_of_config = None # as `make` of `folder_shapes`; None: a folder is counted only as published
+    text_encoders = ('text_encoder',) # parts that hold them
     student_scheduler = dict(_class_name='FlowMatchEulerDiscreteScheduler', shift=1., stochastic_sampling=True)
 
     @classmethod
@@ -89,6 +92,12 @@ class FlowTeacher(PipelineTeacher):
     def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
         "Pictures to latents, undone by `decode`"
         return super().encode(pixels) - latent_shift(self.vae)
+
+    @classmethod
+    def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
+        "What a folder says about its size, where the family can tell from a config; or what is published"
+        own = cls.shapes_of_config and folder_shapes(path, cls.shapes_of_config, cls.text_encoders)
+        return own or super().shapes(path)
 
     @classmethod
     def random(cls, name, device)->'FlowTeacher':

@@ -21,7 +21,7 @@ from .loading import CLIP_TOKENIZERS, PLAIN_VAE, T5_TOKENIZERS, Layout, require
 from .base import ModelShapes
 from .student import prefix_text_keys
 from .flow import FlowDenoiser, FlowStudent, FlowTeacher, check_flow_parts, flow_teacher
-from .flow import folder_shapes, load_flow_student
+from .flow import load_flow_student
 from .sd3 import SD3Denoiser
 
 # %% ../../nbs/2_teachers/14_flux.ipynb #flux0007
@@ -104,7 +104,6 @@ def flux_shapes(
     hub_id:str='', # where it is published
 )->ModelShapes:
     "What the memory of a run is counted from"
-    config = {k: v for k, v in config.items() if k[0] != '_'}
     said = dict(
         encoder_hidden_states=(512, config.get('joint_attention_dim', 4096)),
         pooled_projections=(config.get('pooled_projection_dim', 768),))
@@ -125,6 +124,8 @@ class FluxTeacher(FlowTeacher):
     default_preset = 'flux-sid-dit'
     exports = ('single-file', *FlowTeacher.exports)
     published = FLUX_SHAPES
+    shapes_of_config = staticmethod(flux_shapes)
+    text_encoders = 'text_encoder', 'text_encoder_2'
     patch = 2 # packing makes the patches, not the network
 
     @classmethod
@@ -134,11 +135,6 @@ class FluxTeacher(FlowTeacher):
         takes = pipe.transformer.config.guidance_embeds
         text = FluxTextEncoder(pipe, pipe.config.get('_guidance_scale', GUIDANCE) if takes else None)
         return flow_teacher(cls, FluxDenoiser, pipe, text, path, device)
-
-    @classmethod
-    def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
-        "What a folder says about its size, or what is published"
-        return folder_shapes(path, flux_shapes, ('text_encoder', 'text_encoder_2')) or super().shapes(path)
 
     @property
     def default_latent_shape(self)->tuple[int, int, int]: # (C, H, W)

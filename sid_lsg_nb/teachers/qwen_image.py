@@ -20,7 +20,7 @@ from ..core import Cond
 from .text_encoder import TextEncoder, token_counter
 from .loading import QWEN_TOKENIZERS, Layout, require
 from .base import ModelShapes, StudentStart
-from .flow import FlowDenoiser, FlowTeacher, check_flow_parts, flow_teacher, folder_shapes
+from .flow import FlowDenoiser, FlowTeacher, check_flow_parts, flow_teacher
 
 # %% ../../nbs/2_teachers/15_qwen_image.ipynb #qwi00010
 class QwenImageTextEncoder(TextEncoder):
@@ -70,6 +70,7 @@ class QwenImageDenoiser(FlowDenoiser):
         return ends + tuple(f'transformer_blocks.{i}.{layer}' for i in heard for layer in text)
 
     def predict(self, x_t:Tensor, t:Tensor, cond:Cond)->Tensor: # [B,C,H,W]; t [B] in [0, 1]
+        "Four neighbours are one token; H and W are even"
         B, C, H, W = x_t.shape
         tokens = QwenImagePipeline._pack_latents(x_t.contiguous(), B, C, H, W)
         shapes = [[(1, H//2, W//2)]]*B
@@ -138,7 +139,6 @@ def qwen_image_shapes(
     hub_id:str='', # where it is published
 )->ModelShapes:
     "What the memory of a run is counted from"
-    config = {k: v for k, v in config.items() if k[0] != '_'}
     latent = config.get('in_channels', 64)//4, 128, 128
     said = dict(
         encoder_hidden_states=(512, config.get('joint_attention_dim', 3584)), encoder_hidden_states_mask=(512,))
@@ -151,11 +151,7 @@ class QwenImageTeacher(FlowTeacher):
     title = 'Qwen-Image'
     default_preset = 'sd3-sid-dit' # nothing was published for this family
     published = {'qwen-image': qwen_image_shapes({}, 8292.2, 126.9, hub_id='Qwen/Qwen-Image')}
-
-    @classmethod
-    def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
-        "What a folder says about its size, or what is published"
-        return folder_shapes(path, qwen_image_shapes) or super().shapes(path)
+    shapes_of_config = staticmethod(qwen_image_shapes)
 
     @classmethod
     def student_start(cls, folder)->StudentStart:

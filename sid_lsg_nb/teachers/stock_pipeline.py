@@ -73,7 +73,7 @@ class StockPipeline:
         self.seconds = 0.
         net.register_forward_pre_hook(self._count, with_kwargs=True)
 
-    def _count(self, net, args, kwargs):
+    def _count(self, _net, args, kwargs):
         self.rows += len(next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 1))
 
     def __call__(self, prompts:list[str], seeds)->Tensor: # [B,3,H,W] in [-1,1], on the CPU

@@ -17,7 +17,7 @@ from ..core import Cond, InputError
 from .text_encoder import TextEncoder, token_counter
 from .loading import PLAIN_VAE, QWEN_TOKENIZERS, Layout, require
 from .base import ModelShapes
-from .flow import FlowDenoiser, FlowTeacher, check_flow_parts, flow_teacher, folder_shapes
+from .flow import FlowDenoiser, FlowTeacher, check_flow_parts, flow_teacher
 
 # %% ../../nbs/2_teachers/16_z_image.ipynb #zim00010
 class ZImageTextEncoder(TextEncoder):
@@ -95,7 +95,6 @@ def z_image_shapes(
     hub_id:str='', # where it is published
 )->ModelShapes:
     "What the memory of a run is counted from: prompts that fill all places"
-    config = {k: v for k, v in config.items() if k[0] != '_'}
     latent = config.get('in_channels', 16), 128, 128
     said = dict(encoder_hidden_states=(512, config.get('cap_feat_dim', 2560)))
     return ModelShapes(ZImageDenoiser, ZImageTransformer2DModel, config, latent, said, text, vae, hub_id)
@@ -107,11 +106,7 @@ class ZImageTeacher(FlowTeacher):
     title = 'Z-Image'
     default_preset = 'sd3-sid-dit' # nothing was published for this family
     published = {'z-image': z_image_shapes({}, 4022.5, 83.8, hub_id='Tongyi-MAI/Z-Image')}
-
-    @classmethod
-    def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
-        "What a folder says about its size, or what is published"
-        return folder_shapes(path, z_image_shapes) or super().shapes(path)
+    shapes_of_config = staticmethod(z_image_shapes)
 
     @classmethod
     def from_pipeline(cls, pipe, path, device='cpu', _dtype=torch.float32)->'ZImageTeacher': # frozen
