@@ -4,7 +4,7 @@
     pip install -c lowest.txt .
 """
 
-import re, sys
+import re
 from configparser import ConfigParser
 from pathlib import Path
 

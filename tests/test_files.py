@@ -1,7 +1,6 @@
 "Files and folders that are replaced, with the writer killed at every line: something whole is always there."
 
-import json, os, subprocess, sys
-from pathlib import Path
+import os, subprocess, sys
 import pytest
 import torch
 from sid_lsg_nb import core

@@ -2,8 +2,6 @@
 
 import json, shutil
 from dataclasses import replace
-from pathlib import Path
-import pytest
 import torch
 from sid_lsg_nb.method.optim import lr_factor
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint

@@ -2,12 +2,11 @@
 
 import errno, json, os, shutil, signal, subprocess, sys
 from dataclasses import replace
-from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
 from sid_lsg_nb.training import job, log as watch, resume, scores, stop_signals, trainer
-from sid_lsg_nb.training.checkpoint import checkpoints, load_latest
+from sid_lsg_nb.training.checkpoint import checkpoints
 from sid_lsg_nb.commands.convert import Export, export_to
 from sid_lsg_nb.core import InputError, RunError
 from sid_lsg_nb.testing import tiny_pipeline

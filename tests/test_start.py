@@ -3,7 +3,6 @@ looked for among the loaded modules of a fresh Python."""
 
 import importlib, json, os, subprocess, sys
 from dataclasses import asdict
-from pathlib import Path
 import pytest
 import sid_lsg_nb
 from sid_lsg_nb.training.config import Config

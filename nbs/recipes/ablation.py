@@ -8,7 +8,7 @@ writes after each run. Runs of one seed are paired: the same noise, times and or
 Started again, it goes on where it stopped: what the file already holds is not run again. Nothing is typed in by hand.
 """
 import itertools, json, tempfile, time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Literal
