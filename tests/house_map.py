@@ -22,6 +22,7 @@ CHANGES = (
     ('what happens in one iteration', 'steps'),
     ('the discriminator on real images', 'adversary'),
     ('which methods have a name; a loss or a method of your own, registered or from a file', 'methods'),
+    ('what other code bases can test their losses against', 'conformance'),
     ('which families of teachers can be opened', 'registry'),
     ('how prompts are read and repeated', 'prompts'),
     ('the resizer in front of FID', 'resize'),
