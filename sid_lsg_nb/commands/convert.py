@@ -252,7 +252,7 @@ EXPORTERS = {
     'single-file': to_single_file, 'lora': to_lora, 'onnx': to_onnx, 'fp16': to_16_bit, 'bf16': to_16_bit,
     'card': to_card, 'space': to_space}
 REFUSED = {  # why a family is not in the list of those that can
-    'single-file': 'the others have no from_single_file in diffusers',
+    'single-file': 'the pipelines of the others have no from_single_file in diffusers',
     'lora': 'the others have no layers for which a program reads a LoRA',
     'onnx': 'the graph is made of their U-Net and text encoder',
     'fp16': 'the others are no pipeline of diffusers',

@@ -34,14 +34,14 @@ class ZImageTextEncoder(TextEncoder):
     @torch.no_grad()
     def __call__(self,
         prompts:list[str],
-    )->Cond: # {'encoder_hidden_states': [B, 512, D] float32, 'encoder_attention_mask': [B, 512] integers}
+    )->Cond: # {'encoder_hidden_states': [B, 512, D] float32, 'encoder_attention_mask': [B, 512] integers, on the CPU}
         "What the pipeline makes of the prompts; the mask is 0 where there is no text"
         said, _ = self.pipe.encode_prompt(
             self.fill_empty(prompts), self.device, do_classifier_free_guidance=False, max_sequence_length=self.length)
-        lengths = torch.tensor([len(words) for words in said], device=self.device)
+        lengths = torch.tensor([len(words) for words in said]) # cut to these lengths again and again: nobody waits
         return dict(
             encoder_hidden_states=torch.stack([pad(w.float(), (0, 0, 0, self.length - len(w))) for w in said]),
-            encoder_attention_mask=(torch.arange(self.length, device=self.device) < lengths[:, None]).long())
+            encoder_attention_mask=(torch.arange(self.length) < lengths[:, None]).long())
 
     def token_counters(self)->dict[int, Callable]:
         "Qwen's, for the prompt and what stands before it in a chat"
@@ -105,6 +105,7 @@ class ZImageTeacher(FlowTeacher):
     kinds, layouts = ('ZImagePipeline',), (Z_IMAGE_LAYOUT,)
     title = 'Z-Image'
     default_preset = 'sd3-sid-dit' # nothing was published for this family
+    exports = ('single-file', *FlowTeacher.exports)
     published = {'z-image': z_image_shapes({}, 4022.5, 83.8, hub_id='Tongyi-MAI/Z-Image')}
     shapes_of_config = staticmethod(z_image_shapes)
 
