@@ -6,9 +6,10 @@
 __all__ = ['CLIP_TOKENIZERS', 'T5_TOKENIZERS', 'GEMMA_TOKENIZERS', 'QWEN_TOKENIZERS', 'PLAIN_UNET', 'PLAIN_VAE', 'VARIANTS',
            'DTYPE_SINCE', 'TRAINED_WITH', 'OWN_ENTRIES', 'Layout', 'SingleFileModel', 'reject', 'require', 'print_once',
            'read_json', 'find_class', 'check_index', 'pick_weights_file', 'check_weights_file', 'find_weights',
-           'dtype_argument', 'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part',
-           'scheduler_error', 'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache',
-           'fetch_pipeline', 'open_pipeline', 'assemble_pipeline', 'print_variants']
+           'list_weights', 'dtype_argument', 'WeightFiles', 'weights_in_files', 'find_weight_files', 'open_in_files',
+           'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part', 'scheduler_error',
+           'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache', 'fetch_pipeline',
+           'open_pipeline', 'assemble_pipeline', 'print_variants']
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #55c29949
 import inspect
@@ -16,12 +17,16 @@ import json
 import os
 import pickle
 import re
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 import diffusers
 import huggingface_hub as hub
 import torch
 import transformers
+from accelerate import init_empty_weights
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
@@ -203,13 +208,13 @@ def find_weights(folder:Path, path)->tuple[str|None, bool]: # variant, safetenso
             'save or download it again',
         )
     file, variant, safe = picked
-    files = (
-        sorted(set(read_json(folder/file, path).get('weight_map', {}).values()))
-        if file.endswith('.json')
-        else [file]
-    )
-    for f in files: check_weights_file(folder/f, path)
+    for f in list_weights(folder/file, path): check_weights_file(f, path)
     return variant, safe
+
+def list_weights(file:Path, path)->list[Path]:
+    "One file of weights, or those that an index of shards names"
+    if file.suffix != '.json': return [file]
+    return [file.parent/f for f in sorted(set(read_json(file, path).get('weight_map', {}).values()))]
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #76fc0aa6
 def dtype_argument(
@@ -232,6 +237,51 @@ def dtype_argument(
     return {'dtype' if new else 'torch_dtype': dtype}
 
 DTYPE_SINCE = dict(diffusers=(0, 40), transformers=(4, 56)) # first version that says `dtype`
+
+# %% ../../nbs/2_teachers/02_loading.ipynb #infiles1
+@dataclass(frozen=True)
+class WeightFiles:
+    "Where the numbers of a network lie that has none yet; they are read by rows, and the files are closed again"
+    files:dict[str, Path] # tensor -> .safetensors file
+
+    def read(self, name:str, start:int=0, stop:int|None=None)->torch.Tensor: # in the file's number format
+        "Rows of a tensor, all if none are named"
+        with safe_open(self.files[name], 'pt') as f: return f.get_slice(name)[start:stop]
+
+_IN_FILES = ContextVar('weights_in_files', default=False)
+
+@contextmanager
+def weights_in_files():
+    "Inside, denoising networks are opened without numbers where their files can be read by rows"
+    token = _IN_FILES.set(True)
+    try: yield
+    finally: _IN_FILES.reset(token)
+
+def find_weight_files(folder:Path, net, path)->WeightFiles|None: # None: the names or shapes are others
+    "The file of each of a network's tensors"
+    file, _, safe = pick_weights_file([f.name for f in folder.iterdir()])
+    found, shapes = {}, {}
+    for part in list_weights(folder/file, path) if safe else ():
+        with safe_open(part, 'pt') as f:
+            found |= {k: part for k in f.keys()}
+            shapes |= {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    return WeightFiles(found) if shapes == {k: tuple(v.shape) for k, v in net.state_dict().items()} else None
+
+def _apply_without_numbers(net, fn, recurse:bool=True):
+    "What `.to` calls: parameters change their number format and stay where they are, buffers go along"
+    convert = lambda t: t.to(fn(torch.empty(0, dtype=t.dtype)).dtype) if t.is_meta else fn(t)
+    return type(net)._apply(net, convert, recurse)
+
+@torch.no_grad()
+def open_in_files(folder:Path, kind:type, config:dict, path): # -> a network, or None
+    "A network of diffusers whose parameters wait in `weight_files`; None where its files cannot be read by rows"
+    with init_empty_weights(include_buffers=False): net = kind.from_config(config)
+    if (files := find_weight_files(folder, net, path)) is None: return None
+    for k, b in net.named_buffers():
+        if k in files.files: b.copy_(files.read(k))
+    net.register_to_config(_name_or_path=str(folder))
+    net.weight_files, net._apply = files, MethodType(_apply_without_numbers, net)
+    return net.eval()
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #f97483c2
 def load_part_config(folder:Path, kind:type, path):
@@ -330,7 +380,9 @@ def open_part(
         config = load_part_config(folder, kind, path)
         check_part_config(config, fixed, folder.name, path)
         find_weights(folder, path)
-        return load_part(folder, kind, dtype, path) if weights else build_empty_part(kind, config)
+        if not weights: return build_empty_part(kind, config)
+        rows = _IN_FILES.get() and folder.name in ('unet', 'transformer') and dtype == torch.float32
+        return rows and open_in_files(folder, kind, config, path) or load_part(folder, kind, dtype, path)
     except InputError: raise
     except failures as e:
         said = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]

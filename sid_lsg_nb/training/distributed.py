@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SPLIT_ERRORS', 'SCALE',
            'precision_of', 'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of',
            'init_processes', 'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'Distributed',
-           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'shard_fsdp', 'gather_full', 'shard_like',
-           'make_learner']
+           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'read_slices', 'shard_fsdp', 'gather_full',
+           'shard_like', 'make_learner']
 
 # %% ../../nbs/6_training/02_distributed.ipynb #3258027c
 import os, socket, sys, threading
@@ -432,6 +432,18 @@ def wrap_ddp(processes: Distributed, net: nn.Module) -> dict:  # train, sync: fo
     return dict(train=net.with_net(wrapped) if hasattr(net, 'with_net') else wrapped, sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2fc73db2
+@torch.no_grad()
+def read_slices(net: nn.Module, device):
+    "Give a network that was cut while it was without numbers (see `weights_in_files`) the rows that are its own"
+    files = net.weight_files
+    del net.weight_files, net._apply
+    net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    for name, p in net.named_parameters():
+        mine, most = p.to_local(), -(-len(p)//p.device_mesh.size())  # rows here; rows of a full slice
+        start = min(p.device_mesh.get_local_rank()*most, len(p))
+        mine.copy_(files.read(name, start, start + len(mine)))
+
+
 def shard_fsdp(processes: Distributed, net: nn.Module) -> dict:  # sync: for a `Learner`
     "Cut a network's weights into one slice per process, in place; one process can do it too"
     if not dist.is_initialized() and 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -445,6 +457,7 @@ def shard_fsdp(processes: Distributed, net: nn.Module) -> dict:  # sync: for a `
     blocks = [block for child in whole_net.children() if isinstance(child, nn.ModuleList) for block in child]
     for module in (*blocks, whole_net):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # at rest everything is slices
+    if hasattr(whole_net, 'weight_files'): read_slices(whole_net, processes.device)
 
     @contextmanager
     def sync(last):
@@ -454,13 +467,15 @@ def shard_fsdp(processes: Distributed, net: nn.Module) -> dict:  # sync: for a `
     return dict(sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #a90b5aff
-def gather_full(tree):
-    "The same tree of dicts, lists and tensors, with sliced tensors put together; all processes must call it"
+def gather_full(tree, keep: bool = True):  # False: this process helps, and has None where a sliced tensor was
+    """The same tree of dicts, lists and tensors, with sliced tensors put together on the CPU, one at a time; all
+    processes must call it"""
     if isinstance(tree, DTensor):
-        return tree.full_tensor()
+        whole = tree.full_tensor()  # the others let go of it at once
+        return whole.cpu() if keep else None
     if isinstance(tree, dict):
-        return {k: gather_full(v) for k, v in tree.items()}
-    return type(tree)(map(gather_full, tree)) if isinstance(tree, (list, tuple)) else tree
+        return {k: gather_full(v, keep) for k, v in tree.items()}
+    return type(tree)(gather_full(v, keep) for v in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 def shard_like(tree, model):

@@ -10,6 +10,7 @@ __all__ = ['TrainingJob', 'find_prompts', 'with_times', 'fingerprint', 'check_la
 # %% ../../nbs/6_training/13_job.ipynb #imports1
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -24,7 +25,7 @@ from ..method.optim import EMA, make_adam
 from ..method.schedule import DiscreteSchedule
 from ..method.steps import Method, Networks, distill
 from ..teachers.base import Denoiser, Teacher
-from ..teachers.loading import print_once
+from ..teachers.loading import print_once, weights_in_files
 from ..teachers.registry import brings_prompts, is_local, open_teacher
 from .config import Config, DataSettings, OptimizerSettings, RunSettings, TeacherSettings
 from .config import lr_of, resolve, settings_of
@@ -116,7 +117,9 @@ def fingerprint(teacher) -> str:  # SHA-256
 
     for name, part in sorted(teacher.modules().items()):
         if sum(p.numel() for p in part.parameters()) < _LIGHT or name == 'net':
-            for k, v in part.state_dict().items(): take(f'{name}.{k}', v)
+            files = getattr(part, 'weight_files', None)
+            for k, v in part.state_dict().items():
+                take(f'{name}.{k}', files.read(k).to(v.dtype) if v.is_meta else v)
     for k, v in sorted(vars(teacher.schedule).items()):
         if torch.is_tensor(v): take(k, v)
     return digest.hexdigest()
@@ -219,7 +222,8 @@ def setup(
     # shapes stay the same all run: let cuDNN try its kernels once
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     prompts = find_prompts(s.data, processes)
-    teacher, sha = open_on_all_ranks(s.teacher, processes, teacher)
+    with weights_in_files() if s.networks.fsdp else nullcontext():  # each process will read its slices
+        teacher, sha = open_on_all_ranks(s.teacher, processes, teacher)
     method = processes.run_on_all(lambda: method_of(s, teacher))
     real = processes.run_on_all(lambda: real_batches_of(s.data, teacher, processes))
     frozen, learning = processes.run_on_all(lambda: build_networks(s.networks, teacher, method))

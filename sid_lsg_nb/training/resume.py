@@ -26,7 +26,8 @@ from .run_folder import changed_settings, resume_folder, run_folder, saved_confi
 
 # %% ../../nbs/6_training/14_resume.ipynb #68eabc3e
 def state_of(job: TrainingJob) -> dict:
-    "Everything the next iteration depends on, as a tree for `save_checkpoint`; all processes must call it"
+    """Everything the next iteration depends on, as a tree for `save_checkpoint`; all processes must call it, and what
+    is in slices is whole in the first one only"""
     learners = job.nets.learners.items()
     nets = {role: l.net.state_dict() for role, l in learners} | dict(ema=job.ema.net.state_dict())
     more = {f'ema_{ema.halflife:g}': ema.net.state_dict() for ema in job.more_emas}
@@ -41,7 +42,7 @@ def state_of(job: TrainingJob) -> dict:
     what = dict(
         prompts=job.prompts.sha256, teacher=job.teacher_sha, roles=[role for role, _ in learners],
         config=job.settings.record)
-    return gather_full(nets | more | optimizers | scalers | random | where | what)
+    return gather_full(nets | more | optimizers | scalers | random | where | what, job.processes.is_main)
 
 
 def save(job: TrainingJob, folder: Path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FULL', 'Diverged', 'DivergenceMonitor', 'warn_on_failure', 'progress_postfix', 'show_progress', 'log_row',
-           'progress_bar', 'run_loop', 'export_generator', 'restore_last_good', 'closing_steps', 'close', 'run',
-           'train']
+           'progress_bar', 'run_loop', 'whole_average', 'export_generator', 'restore_last_good', 'closing_steps',
+           'close', 'run', 'train']
 
 # %% ../../nbs/6_training/16_trainer.ipynb #3e3183a2
 import errno, json, sys
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..core import DISAGREEMENT, RunError, atomic_write
 from ..export.model_card import write_card
 from ..method.steps import DistillState
+from ..teachers.base import Denoiser
 from ..teachers.student import save_student
 from .checkpoint import CheckpointError, checkpoints
 from .config import Config, check, resolve, resume_command, settings_of
@@ -140,15 +141,18 @@ def run_loop(job: TrainingJob, folder: Path, sheets, stop) -> bool:  # True if i
     return stopping() and job.nimg < c.max_train_images
 
 # %% ../../nbs/6_training/16_trainer.ipynb #2a7d1436
+def whole_average(job: TrainingJob) -> Denoiser | None:  # None: not in this process
+    "The average out of its slices, in the first process"
+    state = gather_full(job.ema.net.net.state_dict(), job.processes.is_main)
+    if not job.processes.is_main: return None
+    whole = job.ema.net.empty_net()
+    whole.load_state_dict(state)
+    return job.ema.net.with_net(whole)
+
+
 def export_generator(job: TrainingJob, folder: Path):
     "Export the average as a stock pipeline, whole and on the CPU; all processes must call it"
-    if job.settings.networks.fsdp:
-        state = gather_full(job.ema.net.net.state_dict())
-        blank = job.ema.net.empty_net()
-        blank.load_state_dict(state)
-        net = job.ema.net.with_net(blank)
-    else:
-        net = plain_copy(job.ema.net)
+    net = whole_average(job) if job.settings.networks.fsdp else plain_copy(job.ema.net)
     job.teacher.vae.to('cpu')
     job.processes.run_on_main(lambda: str(save_student(job.teacher, net, folder / 'generator', job.t_init)))
     job.teacher.vae.to(job.teacher.vae_offload_device or job.processes.device)

@@ -1,0 +1,88 @@
+"""Memory of two processes in slices: what each holds after the set-up, and at the worst moment on the way there.
+
+    torchrun --nproc-per-node 2 benchmarks/sharded_memory.py --millions 100 400
+
+Random SD3 transformers; gloo, CPU, fp32. `in files`: each process reads its slices out of the files, as `--fsdp` does.
+`whole`: the teacher is opened whole and given to `setup`, for comparison. Linux only (it reads /proc)."""
+
+import argparse, gc, json, os, re, tempfile
+from pathlib import Path
+import torch
+from diffusers import SD3Transformer2DModel
+from torch.distributed.tensor import DTensor
+from sid_lsg_nb.teachers.registry import open_teacher
+from sid_lsg_nb.testing import quiet_libraries, tiny_sd3
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.distributed import Distributed
+from sid_lsg_nb.training.job import setup
+
+MIB = 2**20
+SIZES = {100: (512, 10), 400: (1024, 10)}  # millions of weights: width, blocks
+
+
+def memory(word: str) -> int:  # VmRSS: now; VmHWM: the most since `forget_peak`
+    "Bytes of this process's memory, as Linux counts them"
+    return int(re.search(rf'{word}:\s+(\d+) kB', Path('/proc/self/status').read_text())[1])*1024
+
+
+def forget_peak():
+    gc.collect()
+    Path('/proc/self/clear_refs').write_text('5')
+
+
+def write_teacher(folder: Path, width: int, blocks: int):
+    "A tiny pipeline around a transformer of this size"
+    tiny_sd3(folder)
+    config = SD3Transformer2DModel.load_config(folder/'transformer')
+    more = dict(num_layers=blocks, attention_head_dim=64, num_attention_heads=width//64, caption_projection_dim=width)
+    SD3Transformer2DModel.from_config(config, **more).save_pretrained(folder/'transformer')
+
+
+def nbytes(t: torch.Tensor) -> int:
+    t = t.to_local() if isinstance(t, DTensor) else t
+    return t.numel()*t.element_size()
+
+
+def measure(folder: Path, processes: Distributed, whole: bool) -> dict:  # MiB
+    "One set-up"
+    (folder/'p.txt').write_text('a red cat\na blue dog\n')
+    config = Config(
+        teacher=str(folder), prompts=str(folder/'p.txt'), device='cpu', total_batch_size=2, max_train_images=2, fsdp=True)
+    forget_peak()
+    before = memory('VmRSS')
+    job = setup(config, processes, open_teacher(folder) if whole else None)
+    now, peak = memory('VmRSS'), memory('VmHWM')
+    nets = [job.teacher.denoiser, job.ema.net, *(l.net for l in job.nets.learners.values())]
+    moments = [v for l in job.nets.learners.values() for s in l.optimizer.state.values() for v in s.values()]
+    slices = sum(nbytes(p) for n in nets for p in n.parameters()) + sum(map(nbytes, moments))
+    net = job.teacher.denoiser.net
+    block = sum(p.numel() for p in net.transformer_blocks[0].parameters())*4
+    count = sum(p.numel() for p in net.parameters())
+    held = dict(slices=slices, held=now - before, peak=peak - before, block=block)
+    return dict(weights=round(count/1e6), **{k: round(v/MIB) for k, v in held.items()}, ratio=round((peak - before)/slices, 2))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--millions', type=int, nargs='+', default=[100, 400], choices=SIZES)
+    parser.add_argument('--whole', action='store_true', help='open the teacher whole, for comparison')
+    parser.add_argument('--json', type=Path, help='keep the rows here')
+    args = parser.parse_args()
+    quiet_libraries()
+    processes, rows = Distributed('cpu'), []
+    with tempfile.TemporaryDirectory() as tmp:
+        place = Path(processes.broadcast(tmp))
+        for n in args.millions:
+            processes.run_on_main(lambda: write_teacher(place/str(n), *SIZES[n]))
+            found = processes.all_gather(measure(place/str(n), processes, args.whole))
+            rows += [dict(way='whole' if args.whole else 'in files', rank=rank, **f) for rank, f in enumerate(found)]
+            processes.barrier()
+    if processes.is_main:
+        print(' '.join(f'{k:>9}' for k in rows[0]), '(MiB)')
+        for row in rows: print(' '.join(f'{v!s:>9}' for v in row.values()))
+        if args.json: args.json.write_text(json.dumps(rows, indent=1) + '\n')
+    processes.close()
+
+
+if __name__ == '__main__':
+    main()

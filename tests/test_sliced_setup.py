@@ -1,0 +1,69 @@
+"A run in slices that never holds a network whole: equal to the bit to one whose teacher was opened whole, and smaller"
+
+import json
+from pathlib import Path
+import pytest
+from forks import finish, start_ranks
+from PIL import Image
+from sid_lsg_nb.testing import tiny_pipeline, tiny_sd3
+
+TWO_WAYS = """
+import json, torch
+from torch.distributed.tensor import DTensor
+from sid_lsg_nb.teachers.registry import open_teacher
+from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.distributed import Distributed, gather_full
+from sid_lsg_nb.training.job import iterate, setup
+from sid_lsg_nb.training.networks import Start
+from sid_lsg_nb.training.resume import state_of
+processes = Distributed('cpu')
+more = json.loads({more!r})
+config = Config(
+    teacher='teacher', prompts='p.txt', device='cpu', total_batch_size=4, max_train_images=8, fsdp=True, lr=1e-3,
+    lr_fake=1e-3, **more)
+seen = []
+configure = Start.configure
+Start.configure = lambda self, net: (seen.append(next(net.parameters()).is_meta), configure(self, net))[1]
+
+def play(teacher):
+    job = setup(config, processes, teacher)
+    for s in iterate(job):
+        if s.nimg >= 8: break
+    nets = dict(ema=job.ema.net, teacher=job.teacher.denoiser) | {{k: l.net for k, l in job.nets.learners.items()}}
+    state, learns = state_of(job)['generator'], job.nets.learners['generator'].net
+    held = [state[k] for k, _ in learns.named_parameters()]  # whole in the first process, nowhere else
+    assert all((v is not None) == processes.is_main and not isinstance(v, DTensor) for v in held)
+    return job.teacher_sha, {{k: gather_full(n.state_dict()) for k, n in nets.items()}}
+
+(sha, sliced), (same_sha, whole) = play(None), play(open_teacher('teacher'))
+half = len(seen)//2
+assert all(seen[:half]) and not any(seen[half:]) and half >= 3, seen
+equal = {{k: all(torch.equal(v, whole[k][n]) for n, v in net.items()) for k, net in sliced.items()}}
+moved = not all(torch.equal(v, sliced['teacher'][n]) for n, v in sliced['generator'].items())
+if processes.is_main: print(json.dumps(dict(equal=equal, moved=moved, same=sha == same_sha)))
+processes.close()
+"""
+
+CASES = {
+    'U-Net': (tiny_pipeline, {}),
+    'U-Net, bf16': (tiny_pipeline, dict(mixed_precision='bf16')),
+    'flow transformer': (tiny_sd3, {}),
+    'discriminator': (tiny_pipeline, dict(
+        method=f'{Path(__file__).parents[1]}/nbs/recipes/dmd2.py:dmd2', real_images='real', gan_freeze_generator_until=0,
+        gan_start=4))}
+
+@pytest.mark.parametrize('case', CASES)
+def test_slices_out_of_files_are_those_of_whole_networks(tmp_path, case):
+    make, more = CASES[case]
+    make(tmp_path / 'teacher')
+    (tmp_path / 'p.txt').write_text('a red cat\na blue dog\na green apple\n')
+    if 'real_images' in more:
+        (tmp_path / 'real').mkdir()
+        for k in range(4):
+            Image.new('RGB', (16, 16), (60*k, 90, 200 - 40*k)).save(tmp_path / f'real/{k}.png')
+    ranks = start_ranks(['-c', TWO_WAYS.format(more=json.dumps(more))], [tmp_path]*2)
+    (status, out, err), (status2, _, err2) = finish(ranks, 200)
+    assert (status, status2) == (0, 0), err[-3000:] + err2[-3000:]
+    said = json.loads(out.splitlines()[-1])
+    assert said['moved'] and said['same'] and all(said['equal'].values()), said
+    assert {*said['equal']} >= {'ema', 'teacher', 'generator', 'fake'}
