@@ -1,7 +1,6 @@
 "A run in slices that never holds a network whole: equal to the bit to one whose teacher was opened whole, and smaller"
 
 import json
-from pathlib import Path
 import pytest
 from forks import finish, start_ranks
 from PIL import Image
@@ -48,9 +47,7 @@ CASES = {
     'U-Net': (tiny_pipeline, {}),
     'U-Net, bf16': (tiny_pipeline, dict(mixed_precision='bf16')),
     'flow transformer': (tiny_sd3, {}),
-    'discriminator': (tiny_pipeline, dict(
-        method=f'{Path(__file__).parents[1]}/nbs/recipes/dmd2.py:dmd2', real_images='real', gan_freeze_generator_until=0,
-        gan_start=4))}
+    'discriminator': (tiny_pipeline, dict(real_images='real', gan_freeze_generator_until=0, gan_start=4))}
 
 @pytest.mark.parametrize('case', CASES)
 def test_slices_out_of_files_are_those_of_whole_networks(tmp_path, case):

@@ -350,6 +350,9 @@ def load_part(folder:Path, kind:type, dtype:torch.dtype, path):
         )
     return net
 
+_OPEN_FAILURES = (
+    OSError, ValueError, TypeError, KeyError, RuntimeError, AttributeError, SafetensorError, pickle.UnpicklingError)
+
 def open_part(
     folder:Path, # of the part
     kind:type,
@@ -365,16 +368,6 @@ def open_part(
             f'has no {folder.name}/, a part is missing or broken (are the {folder.name} files missing?)',
             'save or download it again',
         )
-    failures = (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-        SafetensorError,
-        pickle.UnpicklingError,
-    )
     try:
         if 'Tokenizer' in kind.__name__: return kind.from_pretrained(folder, local_files_only=True)
         config = load_part_config(folder, kind, path)
@@ -384,7 +377,7 @@ def open_part(
         rows = _IN_FILES.get() and folder.name in ('unet', 'transformer') and dtype == torch.float32
         return rows and open_in_files(folder, kind, config, path) or load_part(folder, kind, dtype, path)
     except InputError: raise
-    except failures as e:
+    except _OPEN_FAILURES as e:
         said = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
         reject(
             path,
