@@ -3,8 +3,12 @@
 import json
 import pytest
 from forks import finish, start_ranks
-from PIL import Image
-from sid_lsg_nb.testing import tiny_pipeline, tiny_sd3
+from sid_lsg_nb.method.adversary import Discriminator
+from sid_lsg_nb.teachers.loading import weights_in_files
+from sid_lsg_nb.teachers.registry import open_teacher
+from sid_lsg_nb.testing import tiny_pipeline, tiny_pixart, tiny_sana, tiny_sd3, tiny_sdxl
+from sid_lsg_nb.training.config import Config, resolve, settings_of
+from sid_lsg_nb.training.networks import Start
 
 TWO_WAYS = """
 import json, torch
@@ -46,21 +50,28 @@ processes.close()
 CASES = {
     'U-Net': (tiny_pipeline, {}),
     'U-Net, bf16': (tiny_pipeline, dict(mixed_precision='bf16')),
-    'flow transformer': (tiny_sd3, {}),
-    'discriminator': (tiny_pipeline, dict(real_images='real', gan_freeze_generator_until=0, gan_start=4))}
+    'flow transformer': (tiny_sd3, {})}
 
 @pytest.mark.parametrize('case', CASES)
 def test_slices_out_of_files_are_those_of_whole_networks(tmp_path, case):
     make, more = CASES[case]
     make(tmp_path / 'teacher')
     (tmp_path / 'p.txt').write_text('a red cat\na blue dog\na green apple\n')
-    if 'real_images' in more:
-        (tmp_path / 'real').mkdir()
-        for k in range(4):
-            Image.new('RGB', (16, 16), (60*k, 90, 200 - 40*k)).save(tmp_path / f'real/{k}.png')
     ranks = start_ranks(['-c', TWO_WAYS.format(more=json.dumps(more))], [tmp_path]*2)
     (status, out, err), (status2, _, err2) = finish(ranks, 200)
     assert (status, status2) == (0, 0), err[-3000:] + err2[-3000:]
     said = json.loads(out.splitlines()[-1])
     assert said['moved'] and said['same'] and all(said['equal'].values()), said
     assert {*said['equal']} >= {'ema', 'teacher', 'generator', 'fake'}
+
+@pytest.mark.parametrize('make', [tiny_pipeline, tiny_sdxl, tiny_pixart, tiny_sd3, tiny_sana])
+def test_what_a_discriminator_would_read_is_known_without_numbers(tmp_path, make):
+    settings = settings_of(resolve(Config(device='cpu', total_batch_size=4))).networks
+    whole = open_teacher(make(tmp_path / 'teacher'))
+    with weights_in_files():
+        empty = open_teacher(tmp_path / 'teacher')
+    assert all(p.is_meta for p in empty.denoiser.parameters())
+    found = [Start(settings, t).features(Discriminator(t.denoiser.feature_layer)) for t in (empty, whole)]
+    assert found[0] == found[1]
+    tables = dict(whole.denoiser.net.named_buffers())
+    assert all(b.equal(tables[k]) for k, b in empty.denoiser.net.named_buffers())
