@@ -3,9 +3,11 @@
     torchrun --nproc-per-node 2 benchmarks/sharded_memory.py --millions 100 400
 
 Random SD3 transformers; gloo, CPU, fp32. `in files`: each process reads its slices out of the files, as `--fsdp` does.
-`whole`: the teacher is opened whole and given to `setup`, for comparison. Linux only (it reads /proc)."""
+`whole` (`--whole`): the teacher is opened whole and given to `setup`, for comparison. Linux only (it reads /proc).
+Rows go to sharded_memory.json, in the place of older ones of their kind, and from there into README.md."""
 
-import argparse, gc, json, os, re, tempfile
+import argparse, gc, json, re, tempfile
+from datetime import date
 from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
@@ -16,6 +18,7 @@ from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.distributed import Distributed
 from sid_lsg_nb.training.job import setup
 
+HERE = Path(__file__).parent
 MIB = 2**20
 SIZES = {100: (512, 10), 400: (1024, 10)}  # millions of weights: width, blocks
 
@@ -62,11 +65,37 @@ def measure(folder: Path, processes: Distributed, whole: bool) -> dict:  # MiB
     return dict(weights=round(count/1e6), **{k: round(v/MIB) for k, v in held.items()}, ratio=round((peak - before)/slices, 2))
 
 
+HEAD = """## Memory of two processes in slices
+
+Made by `torchrun --nproc-per-node 2 benchmarks/sharded_memory.py`, and once more with `--whole`, whose first lines say what is compared.
+MiB per process, without what the libraries take. "Slices": this process's weights of the teacher, generator, fake and average, and Adam's
+numbers (none before the first step). "Peak / slices" is the worst moment of the set-up; pages of files that were read may be counted.
+
+| teacher, million weights | network opened | process | slices | held after set-up | peak | peak / slices | one block | torch, date |
+|---|---|---|---|---|---|---|---|---|"""
+
+
+def line(r: dict) -> str:
+    "A row of the table"
+    place = f'{r["weights"]} | {r["way"]} | {r["rank"]} | {r["slices"]:,}'
+    return f'| {place} | {r["held"]:,} | {r["peak"]:,} | **{r["ratio"]:.2f}** | {r["block"]} | {r["torch"]}, {r["date"]} |'
+
+
+def write(new: list[dict], here: Path = HERE):
+    "Put rows into the file and the table, in the place of older ones of their kind"
+    file, readme, key = here/'sharded_memory.json', here/'README.md', lambda r: (r['weights'], r['way'], r['rank'])
+    old = json.loads(file.read_text()) if file.exists() else []
+    rows = sorted({key(r): r for r in old + new}.values(), key=key)
+    file.write_text('[\n' + ',\n'.join(map(json.dumps, rows)) + '\n]\n')
+    part = '\n'.join(['<!-- slices -->', HEAD, *map(line, rows), '<!-- /slices -->'])
+    text, n = re.subn('<!-- slices -->.*<!-- /slices -->', lambda _: part, readme.read_text(encoding='utf-8'), flags=re.S)
+    readme.write_text(text if n else f'{text.rstrip()}\n\n{part}\n', encoding='utf-8')
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--millions', type=int, nargs='+', default=[100, 400], choices=SIZES)
     parser.add_argument('--whole', action='store_true', help='open the teacher whole, for comparison')
-    parser.add_argument('--json', type=Path, help='keep the rows here')
     args = parser.parse_args()
     quiet_libraries()
     processes, rows = Distributed('cpu'), []
@@ -75,12 +104,12 @@ def main():
         for n in args.millions:
             processes.run_on_main(lambda: write_teacher(place/str(n), *SIZES[n]))
             found = processes.all_gather(measure(place/str(n), processes, args.whole))
-            rows += [dict(way='whole' if args.whole else 'in files', rank=rank, **f) for rank, f in enumerate(found)]
+            more = dict(way='whole' if args.whole else 'in files', torch=torch.__version__.split('+')[0], date=str(date.today()))
+            rows += [dict(rank=rank, **f, **more) for rank, f in enumerate(found)]
             processes.barrier()
     if processes.is_main:
-        print(' '.join(f'{k:>9}' for k in rows[0]), '(MiB)')
-        for row in rows: print(' '.join(f'{v!s:>9}' for v in row.values()))
-        if args.json: args.json.write_text(json.dumps(rows, indent=1) + '\n')
+        write(rows)
+        print('\n'.join(map(line, rows)))
     processes.close()
 
 
