@@ -11,7 +11,7 @@ import tyro
 from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
-from .commands.options import Bench, CheckData, Compare, Demo, Doctor, Evaluate, Export, Import
+from .commands.options import Bench, CheckData, Compare, Demo, Doctor, Evaluate, Export, Import, Lab
 from .commands.options import Notebooks, Sample, Status, Watch
 from .training.config import GROUPS, Config, check
 from .training.presets import PRESETS, HUB_PRESET, published_scores
@@ -211,6 +211,11 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
         'doctor',
         'Is a run converging? How late its fake is, norms, scores, pictures; and what usually helps.',
         'commands.doctor.doctor',
+    ),
+    Lab: (
+        'lab',
+        'Which method? The same teacher by several methods and seeds, judged alike on one page.',
+        'commands.lab.lab',
     ),
     Export: (
         'export',

@@ -50,7 +50,7 @@ QUICK = {  # words: exit status, and what the answer says
     'notebooks chapters': (0, 'jupyter lab chapters'),
     **{
         f'{c} --help': (0, '--help')
-        for c in 'distill sample status evaluate compare doctor export import bench notebooks check-data'.split()
+        for c in 'distill sample status evaluate compare doctor lab export import bench notebooks check-data'.split()
     },
     'distill --preset sd21-lsg-2 --help': (0, 'sd21-lsg-2'),
     'distill --resume runs/embedded-1 --help': (0, '8800'),

@@ -9,8 +9,8 @@ from typing import Literal
 import tyro
 
 # %% auto #0
-__all__ = ['Sample', 'Status', 'Doctor', 'Evaluate', 'Compare', 'Demo', 'Watch', 'Export', 'Import', 'Notebooks', 'CheckData',
-           'Bench']
+__all__ = ['Sample', 'Status', 'Doctor', 'Evaluate', 'Compare', 'Lab', 'Demo', 'Watch', 'Export', 'Import', 'Notebooks',
+           'CheckData', 'Bench']
 
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
@@ -109,6 +109,21 @@ class Compare:
     key: str = ''                # of the blind page, with --votes; default: found beside the votes, or here
     batch: int = 16              # pictures drawn at once
     device: str = 'auto'         # auto, cpu, cuda, cuda:1, mps
+
+# %% ../../nbs/7_commands/01_options.ipynb #01optlab01
+@dataclass(frozen=True)
+class Lab:
+    "One teacher, several methods, several seeds: trained where it is not yet, and judged alike on one page"
+    # as behind --method of distill, each with options of its own in quotes: sid sim "sid --alpha 1.2"
+    methods: tyro.conf.Positional[tuple[str, ...]] = ()
+    teacher: str = 'embedded' # as --teacher of distill
+    seeds: int = 3            # runs of each method, seeds 0, 1, ...
+    lr: tuple[float, ...] = () # learning rates of generator and fake, a row each; default: the preset's
+    options: str = ''         # of all runs, as for distill, in quotes: --options "--max-train-images 2400"
+    out: str = 'runs/lab'     # folder of runs and page; what is finished there is not run again
+    page_only: bool = False   # train nothing, only make the page of what is finished
+    n: int = 8                # prompts shown
+    device: str = 'auto'      # auto, cpu, cuda, mps
 
 # %% ../../nbs/7_commands/01_options.ipynb #01optdemo2
 @dataclass(frozen=True)
