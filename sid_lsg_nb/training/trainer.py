@@ -158,12 +158,12 @@ def export_generator(job: TrainingJob, folder: Path):
     job.teacher.vae.to(job.teacher.vae_offload_device or job.processes.device)
 
 
-def restore_last_good(job: TrainingJob, folder: Path):
+def restore_last_good(job: TrainingJob, folder: Path, why: Diverged):
     "Take the last good state: what was learnt since the alarm is worth nothing"
     try:
         restore(job, load_latest_state(folder, job.processes)[1])
     except CheckpointError:
-        raise Diverged('there is no good checkpoint to go back to; nothing was exported') from None
+        raise Diverged(f'{why}; there is no good checkpoint to go back to, and nothing was exported') from None
 
 # %% ../../nbs/6_training/16_trainer.ipynb #dc5ea8c8
 def closing_steps(
@@ -234,7 +234,7 @@ def run(job: TrainingJob, folder: Path, stop) -> list[str]:  # closing steps tha
     try:
         stopped = run_loop(job, folder, sheets, stop)
     except Diverged as e:
-        restore_last_good(job, folder)
+        restore_last_good(job, folder, e)
         export_generator(job, folder)
         processes.close()
         raise Diverged(
