@@ -23,9 +23,9 @@ from .commands.status import status
 
 # %% auto #0
 __all__ = ['COMMANDS', 'NO_NETWORKS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'require_prompt',
-           'student_and_prompts', 'sample', 'is_distributed', 'last_value', 'default_preset', 'defaults_of',
-           'print_status', 'print_help', 'without_option', 'require_named', 'command_of', 'parse', 'silence_libraries',
-           'read_command', 'print_error', 'end_process', 'main']
+           'student_and_prompts', 'refuse_negative_prompt', 'sample', 'is_distributed', 'last_value', 'default_preset',
+           'defaults_of', 'print_status', 'print_help', 'without_option', 'require_named', 'command_of', 'parse',
+           'silence_libraries', 'read_command', 'print_error', 'end_process', 'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -80,6 +80,14 @@ def student_and_prompts(args: Sample) -> tuple[str, list[str]]:  # a folder, the
     return str(shipped_student()), prompts
 
 
+def refuse_negative_prompt(student: str, run: Config):
+    "Raise `InputError`: a student has its guidance inside"
+    led = f'away from {run.negative_prompt!r}' if run.negative_prompt else 'away from no words'
+    raise InputError(
+        f'{student!r} is a student: its guidance is inside it, {led} as it was distilled; leave --negative-prompt '
+        'away, or give it to distill')
+
+
 def sample(args: Sample) -> Path:  # the folder
     "Draw, save, and say where; raises `InputError` before anything is written"
     where, prompts = student_and_prompts(args)
@@ -98,6 +106,7 @@ def sample(args: Sample) -> Path:  # the folder
             f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N'
         )
     student = at_size(open_student(where, pick_device(args.device)), args.height, args.width)
+    if args.negative_prompt: refuse_negative_prompt(where, run)
     if run.teacher == 'embedded':
         warn_unknown_words(prompts)
     folder.mkdir(parents=True)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['GRADIO_SETTINGS', 'PAGE_PATHS', 'POLICY', 'LOCAL', 'STYLE', 'LIMITS', 'HEAD', 'SILENT', 'LINEAR', 'load_gradio',
            'OnlyThePage', 'serve', 'DemoColumn', 'demo_students', 'demo_teacher', 'open_columns', 'demo_examples',
-           'DrawRequest', 'check_request', 'Drawn', 'draw_column', 'draw_in_turn', 'time_words', 'pictures_html',
-           'speed_html', 'card_html', 'answer_html', 'note_on', 'controls', 'answerer', 'demo_page', 'warm_up', 'demo',
-           'run_words', 'duration_words', 'time_left', 'run_html', 'watched_curves', 'curves_html', 'log_html',
-           'newest_sheets', 'sheets_html', 'look', 'watch_page', 'folder_to_watch', 'run_to_watch', 'watch']
+           'DrawRequest', 'check_request', 'Drawn', 'lead_away', 'draw_column', 'draw_in_turn', 'time_words',
+           'pictures_html', 'speed_html', 'card_html', 'answer_html', 'note_on', 'controls', 'answerer', 'demo_page',
+           'set_first_words', 'warm_up', 'demo', 'run_words', 'duration_words', 'time_left', 'run_html',
+           'watched_curves', 'curves_html', 'log_html', 'newest_sheets', 'sheets_html', 'look', 'watch_page',
+           'folder_to_watch', 'run_to_watch', 'watch']
 
 # %% ../../nbs/7_commands/12_demo.ipynb #12demoimp
 import html, os, random, re, time
@@ -28,6 +29,7 @@ from ..training.run_folder import RUN_FILES, closing_done
 from .options import Compare, Demo, Watch
 from .status import SCORES, RunState, read_run
 from .sources import ImageSource, newest_run, open_model, sampler_of, sampling_words
+from .sources import away_words
 from .compare import choose_prompts, choose_teacher, open_students
 from .compare import Frame, curve_points, curve_svg, image_data_uri, png_data_uri
 
@@ -183,12 +185,14 @@ class DrawRequest:
     steps:int # network steps of the students
     kappa:float # guidance of the teacher
     teacher_steps:int
+    negative_prompt:str = '' # what the teacher's guidance leads away from; blank: what its family takes for no words
 
 
 def check_request(r:DrawRequest):
     "Raise `InputError` for an empty prompt and for numbers that the page's sliders do not have"
     if not r.prompt.strip(): raise InputError('type a prompt first')
-    if len(r.prompt) > 2000: raise InputError(f'a prompt of {len(r.prompt):,} letters is too long; 2,000 will do')
+    longest = max(len(r.prompt), len(r.negative_prompt))
+    if longest > 2000: raise InputError(f'a prompt of {longest:,} letters is too long; 2,000 will do')
     for k, (low, high) in LIMITS.items():
         if not low <= getattr(r, k) <= high: raise InputError(f'{k} {getattr(r, k)} must lie between {low} and {high}')
 
@@ -203,13 +207,22 @@ class Drawn:
     seconds:float = 0. # per picture
 
 
+def lead_away(model, negative_prompt:str): # blank: from what the family takes for no words
+    "Have a teacher's guidance lead away from these words; raises `InputError` where there are no words"
+    words = negative_prompt if negative_prompt.strip() else type(model.text).negative_prompt
+    if words != model.text.negative_prompt: model.set_negative_prompt(words)
+
+
 def draw_column(c:DemoColumn, r:DrawRequest, batch:int=4)->Drawn:
     "The pictures of one column, and what they took"
     steps, kappa = (r.steps, None) if c.kappa is None else (r.teacher_steps, r.kappa)
+    if kappa is not None: lead_away(c.model, r.negative_prompt)
     sampler = in_batches(sampler_of(c.model, steps, kappa), batch)
     start = time.perf_counter()
     images = sampler([r.prompt]*r.n, range(r.seed, r.seed + r.n))
-    return Drawn(c.name, sampling_words(steps, kappa), kappa is not None, images, (time.perf_counter() - start)/r.n)
+    seconds = (time.perf_counter() - start)/r.n
+    how = sampling_words(steps, kappa) + ('' if kappa is None else away_words(r.negative_prompt))
+    return Drawn(c.name, how, kappa is not None, images, seconds)
 
 
 def draw_in_turn(columns:list[DemoColumn], r:DrawRequest)->Iterator[list[Drawn]]:
@@ -282,11 +295,15 @@ def controls(gr, columns:list[DemoColumn], n:int)->list: # in the order of `Draw
         return gr.Slider(*LIMITS[k], value, step=step, label=label, visible=bool(shown), min_width=150, scale=3)
 
     with gr.Row():
-        return [gr.Number(0, precision=0, minimum=0, label='Seed', min_width=90, scale=1),
+        numbers = [gr.Number(0, precision=0, minimum=0, label='Seed', min_width=90, scale=1),
                 slider('n', 'Pictures', n),
                 slider('steps', 'Student steps', first(students, 'steps', 1), students),
                 slider('kappa', 'Guidance', first(teachers, 'kappa', 1), teachers, .1),
                 slider('teacher_steps', 'Teacher steps', first(teachers, 'steps', 25), teachers)]
+    away = gr.Textbox(
+        teachers[0].model.text.negative_prompt.strip() if teachers else '', elem_id='away', visible=bool(teachers),
+        label="Negative prompt: what the teacher's guidance leads away from (students have theirs inside)")
+    return [*numbers, away]
 
 
 def answerer(gr, columns:list[DemoColumn], bundled:bool)->Callable: # what was typed and set -> HTML, again and again
@@ -320,9 +337,19 @@ def demo_page(columns:list[DemoColumn], examples:list[str], n:int=4, bundled:boo
     return page
 
 # %% ../../nbs/7_commands/12_demo.ipynb #12demogo
+def set_first_words(columns:list[DemoColumn], negative_prompt:str):
+    "What the page begins with; raises `InputError` where no teacher stands in front"
+    if columns[0].kappa is None:
+        raise InputError("--negative-prompt is what a teacher's guidance leads away from, and no teacher is shown; add "
+                         '--teacher, or leave it away')
+    lead_away(columns[0].model, negative_prompt)
+
+
 def warm_up(columns:list[DemoColumn], prompt:str):
     "One picture of each, so that the first time on the page is that of drawing; raises what a model cannot do"
-    for c in columns: draw_column(c, DrawRequest(prompt, 0, 1, c.steps, c.kappa or 0., min(2, c.steps)))
+    for c in columns:
+        away = '' if c.kappa is None else c.model.text.negative_prompt
+        draw_column(c, DrawRequest(prompt, 0, 1, c.steps, c.kappa or 0., min(2, c.steps), away))
 
 
 def demo(args:Demo):
@@ -332,6 +359,7 @@ def demo(args:Demo):
     students = demo_students(args)
     teacher, how = demo_teacher(args, students)
     columns, examples = open_columns(args, students, teacher, how), demo_examples(students)
+    if args.negative_prompt is not None: set_first_words(columns, args.negative_prompt)
     warm_up(columns, examples[0])
     serve(demo_page(columns, examples, args.n, teacher is not None and teacher.path == 'embedded'), args)
 

@@ -25,6 +25,7 @@ class Sample:
     steps: int | None = None # network steps; default: as many as the generator was trained for
     height: int | None = None # of the pictures, in pixels; with width; default: what the student was made for
     width: int | None = None # see height
+    negative_prompt: str = '' # refused: a student's guidance is inside it; give it to distill, evaluate --kappa or demo
     batch: int = 16     # pictures drawn at once
     device: str = 'auto' # auto, cpu, cuda, mps
 
@@ -135,6 +136,8 @@ class Demo:
     teacher: str = ''
     teacher_steps: int | None = None # at the beginning; default: as in the sheets of the first run, else 25
     teacher_kappa: float | None = None # at the beginning; default: as in the sheets of the first run, else 3
+    # what the teacher's guidance leads away from at the beginning; default: as in the first run; students have it inside
+    negative_prompt: str | None = None
     n: int = 4                   # pictures of each at the beginning, 1 to 8; large models on a CPU want 1
     precision: Literal['fp32', 'bf16', 'fp16'] = 'fp32' # of all networks
     port: int | None = None      # default: the first free one from 7860 on

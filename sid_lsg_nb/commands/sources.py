@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Kind', 'DTYPES', 'ImageSource', 'read_log', 'run_summary', 'has_generator', 'open_run', 'open_rival', 'open_source',
            'newest_run', 'check_sampling', 'refuse_one_step', 'open_model', 'at_size', 'sampler_of', 'sampling_words',
-           'network_calls', 'make_sampler', 'require_writable']
+           'away_words', 'network_calls', 'make_sampler', 'require_writable']
 
 # %% ../../nbs/7_commands/04_sources.ipynb #935a6e04
 import json, math, os, re
@@ -191,6 +191,9 @@ def sampling_words(steps:int, kappa:float|None=None)->str:
     return ('one step' if steps == 1 else f'{steps} steps') + (f', kappa {kappa:g}' if kappa is not None else '')
 
 
+def away_words(negative_prompt:str)->str: return f', away from {negative_prompt!r}' if negative_prompt.strip() else ''
+
+
 def network_calls(steps:int, kappa:float|None=None)->int:
     "How often a picture goes through the network: with guidance twice a step"
     return steps*(1 if kappa in (None, 1) else 2)
@@ -212,7 +215,7 @@ def make_sampler(
     if s.kind == 'pipeline': return model, model.words()
     if negative_prompt: model.set_negative_prompt(negative_prompt)
     words = sampling_words(steps, kappa) + (f', {size[0]}x{size[1]} pixels' if size[0] else '')
-    words += f', away from {negative_prompt!r}' if negative_prompt else ''
+    words += away_words(negative_prompt)
     return sampler_of(model, steps, kappa), words
 
 
