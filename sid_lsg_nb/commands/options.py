@@ -120,7 +120,7 @@ class Lab:
     teacher: str = 'embedded' # as --teacher of distill
     seeds: int = 3            # runs of each method, seeds 0, 1, ...
     lr: tuple[float, ...] = () # learning rates of generator and fake, a row each; default: the preset's
-    options: str = ''         # of all runs, as for distill, in quotes: --options "--max-train-images 2400"
+    options: str = ''         # of all runs, as for distill: --options="--max-train-images 2400 --kappa 1.5"
     out: str = 'runs/lab'     # folder of runs and page; what is finished there is not run again
     page_only: bool = False   # train nothing, only make the page of what is finished
     n: int = 8                # prompts shown
