@@ -1,13 +1,11 @@
 "Real pictures with networks in slices: two processes with slices learn what two with copies learn"
 
 import json
-from pathlib import Path
 import numpy as np
 from forks import finish, start_ranks
 from PIL import Image
 from sid_lsg_nb.testing import tiny_pipeline, tiny_sd3
 
-DMD2 = Path(__file__).resolve().parent.parent / 'nbs/recipes/dmd2.py'
 BOTH = """
 import json
 from sid_lsg_nb.training.config import Config
@@ -35,7 +33,7 @@ processes.close()
 CASES = {
     'transformer': (dict(teacher='flow'), {'fake', 'generator'}),
     "a head's own weights": (
-        dict(teacher='unet', method=f'{DMD2}:dmd2'), {'fake', 'generator', 'discriminator'})}
+        dict(teacher='unet', method='dmd2'), {'fake', 'generator', 'discriminator'})}
 
 def test_slices_learn_from_real_pictures_what_copies_learn(tmp_path):
     tiny_pipeline(tmp_path / 'unet')

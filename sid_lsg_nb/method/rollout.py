@@ -95,6 +95,7 @@ class Draw:
     t:Tensor # [b] time of x_t
     k:int = 0 # which step of the rollout makes the picture, from 0; one for the whole batch
     renoise:Tensor|None = None # [b, k, ...] noise of the steps after the first, up to step k
+    second:'Draw|None' = None # noise and time of a second objective on the same pictures
 
 
 class Rollout(Protocol):

@@ -15,8 +15,8 @@ if TYPE_CHECKING: from sid_lsg_nb.method.methods import Recipe
 else: Recipe = TypeVar('Recipe')
 
 # %% auto #0
-__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHOD_NAMES', 'MOST_PASSES', 'Config',
-           'grouped_settings', 'guidance_scales', 'split_method', 'read_method', 'with_method_sha',
+__all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 'METHODS_OF_MORE', 'METHOD_NAMES', 'MOST_PASSES',
+           'Config', 'grouped_settings', 'guidance_scales', 'split_method', 'read_method', 'with_method_sha',
            'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check',
            'check_guidance', 'require_both_sides', 'require_known_method', 'check_batches', 'require_one_batch',
            'with_gan_times', 'check_combinations', 'check_scores', 'check_averages', 'check_files', 'check_gan_times',
@@ -64,7 +64,8 @@ class Config:
     # pipeline has for that)
     negative_prompt: str = ''
     # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
-    # (Diff-Instruct); or FILE.py:NAME, a loss or a method of your own. Naming a file runs it
+    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; or FILE.py:NAME, a loss or a method
+    # of your own. Naming a file runs it
     method: str = 'sid'
     # SHA-256 of the file of your own method, filled in when a run begins: the run goes on with no other
     method_sha256: str = ''
@@ -72,6 +73,8 @@ class Config:
     # of sim: l2, huber:C0, huber-abs:C, p:P; huber keeps single samples from dominating
     distance: str = 'huber'
     space: Literal['x0', 'score'] = 'x0' # of sim: where the distance is measured
+    # of f_distill: whose gradient the head's density ratio makes of Diff-Instruct's
+    divergence: Literal['forward-kl', 'reverse-kl', 'js', 'hellinger', 'jeffreys', 'softened-rkl'] = 'forward-kl'
     # per-sample weight; l1 makes the loss scale-free, so lr carries over between teachers; sim usually takes
     # none
     loss_weight: Literal[
@@ -88,6 +91,10 @@ class Config:
     # a table's 1000 (20 and 400 for the bundled teacher), .02 and .98 of a flow, 0 and 800 of EDM
     t_min: int | float | None = None
     t_max: int | float | None = None # the upper end of these times; default: see t_min
+    # of decoupled_dmd: the guidance's own range of times (published: above t_init); default: t_min and t_max
+    augmentation_t_min: int | float | None = None
+    augmentation_t_max: int | float | None = None # see augmentation_t_min
+    timestep_sampling_augmentation: str | None = None # how they are drawn; default: as timestep_sampling
     # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
     t_init: int | float | None = None
     # of the generator; more than one re-noises in between, and every step is trained in turn
@@ -317,7 +324,8 @@ def check_guidance(config: Config):
         raise InputError('--guidance-t-max bounds guidance, and all its scales are 1; leave it away, or give --kappa')
 
 
-METHOD_NAMES = 'sid', 'sim', 'fisher', 'di'  # rows of the package, known before PyTorch is loaded
+METHODS_OF_MORE = 'dmd2', 'f_distill', 'decoupled_dmd'  # with a head, or a second objective
+METHOD_NAMES = 'sid', 'sim', 'fisher', 'di', *METHODS_OF_MORE  # rows of the package, known before PyTorch is loaded
 
 
 def require_both_sides(height: int | None, width: int | None):
@@ -492,7 +500,8 @@ def recipe_of(
     own = {
         k: getattr(c, k)
         for k in (
-            'alpha', 'loss_weight', 'distance', 'space', 'timestep_sampling', 'timestep_sampling_fake',
+            'alpha', 'loss_weight', 'distance', 'space', 'divergence', 'augmentation_t_min', 'augmentation_t_max',
+            'timestep_sampling_augmentation', 'timestep_sampling', 'timestep_sampling_fake',
             'fake_loss_weight', 'fake_updates', 'student_steps', 'renoise')
     }
     times = dict(

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json, math
 from dataclasses import asdict
 from ..method.guidance import Kappa
-from .config import Config, guidance_scales, resolve, split_method
+from .config import METHODS_OF_MORE, Config, guidance_scales, resolve, split_method
 
 # %% auto #0
 __all__ = ['TIMED', 'estimate_time', 'benchmark_name', 'print_memory', 'files_of', 'dry_run']
@@ -36,7 +36,7 @@ def estimate_time(
     same = TIMED + ('lora_rank',) * (config.lora != 'none')
     teacher = benchmark_name(config.teacher)
     guided, ema = guidance_scales(config) != Kappa(), 'ema' in config.offload
-    if config.fake_updates > 1 or split_method(config.method):
+    if config.fake_updates > 1 or split_method(config.method) or config.method in METHODS_OF_MORE:
         return ''
     wanted = {k: getattr(config, k) for k in same} | dict(teacher=teacher, guided=guided, ema=ema)
     for r in rows:

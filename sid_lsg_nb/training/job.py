@@ -79,7 +79,8 @@ def with_times(recipe: Recipe, teacher: Teacher) -> Recipe:
     "The recipe, with the times that the teacher's schedule has; raises `InputError` for times that it has not"
     schedule = teacher.schedule
     table = isinstance(schedule, DiscreteSchedule)
-    given = [v for v in (recipe.t_init, recipe.t_min, recipe.t_max) if v is not None]
+    own = recipe.augmentation_t_min, recipe.augmentation_t_max
+    given = [v for v in (recipe.t_init, recipe.t_min, recipe.t_max, *own) if v is not None]
     teacher.check_guidance(recipe.kappa)
     if table and any(v != int(v) for v in given):
         raise InputError(
