@@ -6,7 +6,8 @@ the one that is drawn here?
     python tests/clients/families.py FOLDER [FAMILY ...] [--python PYTHON]
 
 Not part of CI: like its neighbour `stable_diffusion_cpp.py` it builds the program in FOLDER/venv, unless
-PYTHON is an interpreter that has it, and needs up to 10 GB of memory. The program reads shapes strictly:
+PYTHON is an interpreter that has it, and needs 10 GB of memory (Z-Image more than 20, and has not been
+seen to end). The program reads shapes strictly:
 networks have the width of the real models and as few blocks as it takes. Of the large layers of a kind the
 first has random weights and the others zeros, which are holes in the file, so that even the largest model is
 written in seconds. Rows go to FOLDER/families.json."""
