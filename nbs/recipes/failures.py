@@ -1,11 +1,12 @@
 """How runs and students fail: the signatures of runs that were broken on purpose, and the worst prompts of a student.
 
     python nbs/recipes/failures.py --part runs                      # nbs/images/failures.json and failures_runs.png
-    python nbs/recipes/failures.py --part prompts --work DIR        # nbs/images/failures_prompts.json
+    python nbs/recipes/failures.py --part prompts --work DIR --earlier RUN      # nbs/images/failures_prompts.json
 
 `runs` trains the bundled teacher as a user would, in few images, once as the preset says and four times with a fault, and
 keeps each log and pictures of the same prompts. `prompts` compares, caption by caption, the shipped student and the teacher
-with real pictures, in the scorer's features, and says what the student's distance is made of. DIR holds the kept passes of `tiny_rows.py`.
+with real pictures, in the scorer's features, and says what the student's distance is made of, and that of an earlier run's.
+DIR holds the kept passes of `tiny_rows.py`.
 """
 import json, tempfile
 from pathlib import Path
@@ -98,28 +99,35 @@ def anatomy(student, real, teacher, unguided) -> dict:
     return json.loads(json.dumps(found), parse_float=lambda v: round(float(v), 4))
 
 
-def prompts(work: Path, out: Path):
-    "The shipped student and the teacher, caption by caption"
+def features_of(generator: Path) -> torch.Tensor:  # [4, captions, D]
+    "Of a student's pictures, drawn anew"
+    student = open_student(generator)
+    with torch.no_grad(): return draw_passes(lambda p, s: student(p, s, 1), TinyClip(), trained_captions(), 4)[0]
+
+
+def prompts(work: Path, out: Path, earlier: Path):
+    "The shipped student and the teacher, caption by caption; of an earlier run only what its distance is made of"
     kept = lambda name, n: torch.stack([load_file(work/f'{name}-trained-{p:02}.safetensors')['features'] for p in range(n)])
-    student = open_student(shipped_student()/'generator')
-    with torch.no_grad():
-        features, _ = draw_passes(lambda p, s: student(p, s, 1), TinyClip(), trained_captions(), 4)
+    features = features_of(shipped_student()/'generator')
     real = kept('reference', 24)
     teacher, unguided = (kept(f'teacher-{k}', 4) for k in ('1.5', '1'))
     errors = dict(student=caption_errors(features, real), teacher=caption_errors(teacher, real))
-    made_of = anatomy(features, real, teacher, unguided)
-    text = json.dumps(dict(machine=machine(), passes=4, anatomy=made_of, errors=errors))
+    made_of = dict(
+        anatomy=anatomy(features, real, teacher, unguided),
+        earlier=anatomy(features_of(earlier/'generator'), real, teacher, unguided))
+    text = json.dumps(dict(machine=machine(), passes=4) | made_of | dict(errors=errors))
     atomic_write(out/'failures_prompts.json', text + '\n')
 
 
 def main(
     part: Literal['runs', 'prompts'],           # which
     work: Path = Path(),                        # kept passes of `tiny_rows.py`, for `prompts`
+    earlier: Path = Path(),                     # a finished run with guidance at all times, for `prompts`
     out: Path = IMAGES,                         # where to write
 ):
     "Break runs, or look for worst prompts"
     torch.set_num_threads(1)
-    runs(out) if part == 'runs' else prompts(work, out)
+    runs(out) if part == 'runs' else prompts(work, out, earlier)
 
 
 if __name__ == '__main__': tyro.cli(main, description=__doc__)
