@@ -695,7 +695,7 @@ def unpack(state: Path, root: Path):
             tmp.seek(0)
             root.mkdir(parents=True, exist_ok=True)
             with tarfile.open(fileobj=tmp) as tar:
-                tar.extractall(root, filter='data')
+                tar.extractall(root, **(dict(filter='data') if hasattr(tarfile, 'data_filter') else {}))  # 3.11.4 and newer
 
 def real(r: Report):
     "benchmarks/cifar10.py for the time that is left, beginning where the last state was"

@@ -67,7 +67,8 @@ def measure(folder: Path, processes: Distributed, whole: bool) -> dict:  # MiB
 
 HEAD = """## Memory of two processes in slices
 
-Made by `torchrun --nproc-per-node 2 benchmarks/sharded_memory.py`, and once more with `--whole`, whose first lines say what is compared.
+Made by `torchrun --nproc-per-node 2 benchmarks/sharded_memory.py` and `torchrun --nproc-per-node 2 benchmarks/sharded_memory.py --whole`;
+its first lines say what is compared.
 MiB per process, without what the libraries take. "Slices": this process's weights of the teacher, generator, fake and average, and Adam's
 numbers (none before the first step). "Peak / slices" is the worst moment of the set-up; pages of files that were read may be counted.
 
