@@ -142,13 +142,14 @@ def last_value(argv: list[str], name: str, default: str = '') -> str:
 
 # %% ../nbs/7_commands/08_cli.ipynb #80ba3a12
 def default_preset(teacher: str) -> str:
-    """The row to start from when none is named: by the teacher's family; for a hub id `HUB_PRESET`; raises
+    """The row to start from when none is named: by the teacher's family; for an unknown hub id `HUB_PRESET`; raises
     `InputError` for a file or folder that is no teacher"""
     if teacher == 'embedded': return teacher
-    if not Path(teacher).expanduser().exists(): return HUB_PRESET  # or a typing error: known when it is opened
-    from sid_lsg_nb.teachers.registry import family_of
+    from sid_lsg_nb.teachers.registry import family_of, published_family
 
-    return family_of(teacher).default_preset
+    if Path(teacher).expanduser().exists(): return family_of(teacher).default_preset
+    family = published_family(teacher)  # None: fetched later, or a typing error
+    return family.default_preset if family else HUB_PRESET
 
 
 def defaults_of(argv: list[str]) -> Config:

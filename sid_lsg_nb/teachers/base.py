@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Denoiser', 'StudentStart', 'ModelShapes', 'Teacher', 'shape_of_latent', 'PipelineTeacher', 'check_sides',
-           'saved_size', 'stock_call', 'vae_shrink', 'find_pipeline', 'pipeline_name', 'scheduler_config',
-           'read_config', 'pipeline_class', 'check_class', 'check_no_prediction_type']
+           'saved_size', 'stock_call', 'vae_shrink', 'count_weights', 'folder_shapes', 'find_pipeline', 'pipeline_name',
+           'scheduler_config', 'read_config', 'pipeline_class', 'check_class', 'check_no_prediction_type']
 
 # %% ../../nbs/2_teachers/03_base.ipynb #01034ac1
 import copy
@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from ..core import EMBEDDED, Cond, InputError, cond_map
@@ -270,6 +271,9 @@ class PipelineTeacher(Teacher):
     image_size:tuple[int, int]|None = None # height and width in pixels, where `set_size` was called
     layouts = () # one `Layout` for each name in `kinds`
     exports = ('lora', 'fp16', 'bf16', *Teacher.exports)
+    network = 'transformer' # name of the part that is distilled
+    text_encoders = ('text_encoder',) # names of the parts that read the prompt
+    shapes_of_config = None # as `make` of `folder_shapes`; None: a folder is counted only as published
     size_options = {} # of the stock pipeline's call, where it is told a size
     stock_step = 1 # the stock pipeline refuses sides that are no multiple of it, whatever its parts are
     student_scheduler = {} # entries of scheduler_config.json by which a student is told; True: it is given
@@ -308,6 +312,19 @@ class PipelineTeacher(Teacher):
         dtypes, weights = cls.part_dtypes(dtype, device), str(device) != 'meta'
         pipe = cls.read(find_pipeline(path), path, dtypes, prediction_type, weights)
         return cls.from_pipeline(pipe, path, device, dtype)
+
+    @classmethod
+    def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
+        "What a folder says about its size; or what is published"
+        own = cls.shapes_of_config and folder_shapes(path, cls.shapes_of_config, cls.network, cls.text_encoders)
+        return own or super().shapes(path)
+
+    @classmethod
+    def random(cls, name, _device)->'PipelineTeacher':
+        "Nothing: raises `InputError`; a family that makes random weights overrides this"
+        raise InputError(
+            f'random weights are made of the sizes of Stable Diffusion 1 and 2 only, not of {name}; count its memory '
+            'from shapes, with --memory')
 
     @classmethod
     def is_student(cls, folder)->bool:
@@ -427,6 +444,29 @@ def vae_shrink(config:dict)->int: # of the VAE
     "Pixels of a latent's side: it halves once between two widths"
     widths = config.get('block_out_channels') or config.get('encoder_block_out_channels') or [0]*4
     return 2**len(config.get('temperal_downsample') or widths[1:])
+
+def count_weights(folder:Path)->int:
+    "How many numbers the safetensors files of a folder hold, read from their headers"
+    count = 0
+    for file in folder.glob('*.safetensors'):
+        with safe_open(file, 'pt') as f: count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
+    return count
+
+def folder_shapes(
+    path, # a pipeline's folder, or what is none on this machine
+    make, # (the network's config, millions of weights of text encoders and of the VAE) -> `ModelShapes`
+    network:str='transformer', # name of the part that is distilled
+    text:tuple[str, ...]=('text_encoder',), # names of the text encoders
+)->ModelShapes|None: # None: it is not on this machine
+    "What a folder says about its size"
+    folder = EMBEDDED/'teacher' if str(path) == 'embedded' else Path(path).expanduser()
+    config, vae = (read_config(folder/part/'config.json') for part in (network, 'vae'))
+    if not config: return None
+    config = {k: v for k, v in config.items() if k[0] != '_'}
+    said, drawn = (sum(count_weights(folder/part) for part in parts)/1e6 for parts in (text, ('vae',)))
+    whole = replace(make(config, said, drawn), shrink=vae_shrink(vae))
+    size = saved_size(read_config(folder/'model_index.json'))
+    return whole.at_size(*size) if size else whole
 
 # %% ../../nbs/2_teachers/03_base.ipynb #d03b21b1
 def find_pipeline(

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['SHIFT_ARGUMENTS', 'FlowDenoiser', 'one_step_flow_scheduler', 'latent_shift', 'shift_function', 'flow_schedule',
-           'folder_shapes', 'FlowTeacher', 'write_legacy_tokenizers', 'check_flow_parts', 'flow_teacher', 'FlowStudent',
+           'FlowTeacher', 'write_legacy_tokenizers', 'check_flow_parts', 'flow_teacher', 'FlowStudent',
            'load_flow_student']
 
 # %% ../../nbs/2_teachers/08_flow.ipynb #68a1f295
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from ..core import Cond, InputError, atomic_folder, noise_for
 from ..method.schedule import FlowSchedule
 from .loading import require
-from .base import Denoiser, ModelShapes, PipelineTeacher, check_no_prediction_type, read_config
-from .base import saved_size, vae_shrink
+from .base import Denoiser, PipelineTeacher, check_no_prediction_type
 from ..method.rollout import few_steps, step_times
 from .student import Student, student_folder, write_vocabulary_files
-from .stable_diffusion import count_weights
 
 # %% ../../nbs/2_teachers/08_flow.ipynb #d1c9ee5d
 class FlowDenoiser(Denoiser):
@@ -56,27 +54,10 @@ def flow_schedule(
     half = scheduler.time_shift(mu, 1., .5)
     return FlowSchedule(half/(1 - half))
 
-def folder_shapes(
-    path, # a pipeline's folder, or what is none on this machine
-    make, # (the transformer's config, millions of weights of text encoders and of the VAE) -> `ModelShapes`
-    text:tuple[str, ...]=('text_encoder',), # names of the text encoders
-)->ModelShapes|None: # None: it is not on this machine
-    "What a folder says about its size"
-    folder = Path(path).expanduser()
-    config, vae = (read_config(folder/part/'config.json') for part in ('transformer', 'vae'))
-    if not config: return None
-    config = {k: v for k, v in config.items() if k[0] != '_'}
-    said, drawn = (sum(count_weights(folder/part) for part in parts)/1e6 for parts in (text, ('vae',)))
-    whole = replace(make(config, said, drawn), shrink=vae_shrink(vae))
-    size = saved_size(read_config(folder/'model_index.json'))
-    return whole.at_size(*size) if size else whole
-
 @dataclass
 class FlowTeacher(PipelineTeacher):
     "A flow-matching pipeline; each family of this kind is a subclass"
     default_t_init = 1. # stock pipelines begin with noise of size 1
-    shapes_of_config = None # as `make` of `folder_shapes`; None: a folder is counted only as published
-    text_encoders = ('text_encoder',) # parts that hold them
     student_scheduler = dict(_class_name='FlowMatchEulerDiscreteScheduler', shift=1., stochastic_sampling=True)
 
     @classmethod
@@ -92,19 +73,6 @@ class FlowTeacher(PipelineTeacher):
     def encode(self, pixels:Tensor)->Tensor: # [B,3,h,w] in [-1,1] -> [B,C,H,W], float32
         "Pictures to latents, undone by `decode`"
         return super().encode(pixels) - latent_shift(self.vae)
-
-    @classmethod
-    def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
-        "What a folder says about its size, where the family can tell from a config; or what is published"
-        own = cls.shapes_of_config and folder_shapes(path, cls.shapes_of_config, cls.text_encoders)
-        return own or super().shapes(path)
-
-    @classmethod
-    def random(cls, name, device)->'FlowTeacher':
-        "Nothing: raises `InputError`, for three networks of such a size fit no single card"
-        raise InputError(
-            f'{name} with random weights is not made on {device}: three networks of its size fit no single card; '
-            'count its memory from shapes, with --memory')
 
     @classmethod
     def open_student(cls, folder, device='cpu', dtype=torch.float32)->'FlowStudent':

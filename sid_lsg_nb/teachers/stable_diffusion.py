@@ -5,23 +5,21 @@
 # %% auto #0
 __all__ = ['SD_LAYOUT', 'SD15_UNET', 'SD21_UNET', 'SD_VAE', 'CLIP_L', 'CLIP_H', 'SD_SCHEDULER', 'CLIP_PAD', 'SD_FILES',
            'SD_SHAPES', 'BUNDLED_RANGE', 'SD_TAGS', 'bundled_file', 'check_sd_parts', 'UNetDenoiser', 'sd_shapes',
-           'StableDiffusionTeacher', 'load_sd', 'random_sd', 'count_weights', 'load_sd_student']
+           'StableDiffusionTeacher', 'load_sd', 'random_sd', 'load_sd_student']
 
 # %% ../../nbs/2_teachers/05_stable_diffusion.ipynb #c2a0dbe0
 import json
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 import torch
 from torch import nn
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from ..core import EMBEDDED, atomic_folder
 from ..method.schedule import DiscreteSchedule
 from .text_encoder import CLIPTextEncoder
 from .loading import CLIP_TOKENIZERS, PLAIN_UNET, PLAIN_VAE, Layout, SingleFileModel, require
-from .base import Denoiser, ModelShapes, PipelineTeacher, Teacher, read_config, vae_shrink
+from .base import Denoiser, ModelShapes, PipelineTeacher, Teacher
 from .student import ONE_STEP_EULER, Student, load_student, one_step_scheduler
 from .student import prefix_text_keys, write_vocabulary_files
 
@@ -130,7 +128,7 @@ class StableDiffusionTeacher(PipelineTeacher):
     default_preset = 'sd15-lsg-1.5'
     exports = ('single-file', 'onnx', *PipelineTeacher.exports)
     stock_step = 8
-    published = SD_SHAPES
+    network, published, shapes_of_config = 'unet', SD_SHAPES, staticmethod(sd_shapes)
     student_scheduler = ONE_STEP_EULER
     card_tags = SD_TAGS
 
@@ -154,16 +152,6 @@ class StableDiffusionTeacher(PipelineTeacher):
     def open_student(cls, folder, device='cpu', dtype=torch.float32)->Student:
         "Open what `save` wrote"
         return load_sd_student(folder, device, dtype)
-
-    @classmethod
-    def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
-        "What a folder says about its size, or what is published"
-        folder = EMBEDDED/'teacher' if path == 'embedded' else Path(path).expanduser()
-        if not (folder/'unet/config.json').is_file(): return super().shapes(path)
-        config = json.loads((folder/'unet/config.json').read_text())
-        counts, shrink = (count_weights(folder/part)/1e6 for part in ('text_encoder', 'vae')), vae_shrink(
-            read_config(folder/'vae/config.json'))
-        return replace(sd_shapes(config, *counts), shrink=shrink)
 
     @property
     def default_range(self)->tuple:
@@ -232,13 +220,6 @@ def random_sd(
     denoiser = UNetDenoiser(unet, DiscreteSchedule.from_scheduler(scheduler))
     vae = vae.eval().requires_grad_(False)
     return StableDiffusionTeacher(denoiser, CLIPTextEncoder(tokenizer, text), name, vae, 'cpu', pipe)
-
-def count_weights(folder:Path)->int:
-    "How many numbers the safetensors files of a folder hold, read from their headers"
-    count = 0
-    for file in folder.glob('*.safetensors'):
-        with safe_open(file, 'pt') as f: count += sum(math.prod(f.get_slice(k).get_shape()) for k in f.keys())
-    return count
 
 # %% ../../nbs/2_teachers/05_stable_diffusion.ipynb #7d6838a1
 def load_sd_student(
