@@ -278,6 +278,7 @@ def tiny_dcae()->AutoencoderDC:
 def tiny_sana(
     folder, # where to write it; made if missing
     seed:int=0, # of the weights
+    qk_norm:str|None=None, # "rms_norm_across_heads": queries and keys are normed, as in SANA 1.5
 )->str: # the folder, ready for `load_sana`
     "Save a complete SANA pipeline with small random networks."
     with torch.random.fork_rng(devices=[]):
@@ -285,7 +286,9 @@ def tiny_sana(
         net = SanaTransformer2DModel(
             in_channels=8, out_channels=8, num_layers=2, num_attention_heads=2, attention_head_dim=8,
             num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=16,
-            mlp_ratio=2., sample_size=16)
+            mlp_ratio=2., sample_size=16, qk_norm=qk_norm)
+        norms = [p for k, p in net.named_parameters() if '.norm_q.' in k or '.norm_k.' in k]
+        for p in norms: torch.nn.init.uniform_(p, .5, 2.)       # fresh ones are all 1
         scheduler = DPMSolverMultistepScheduler(
             prediction_type='flow_prediction', use_flow_sigmas=True, flow_shift=3.,
             beta_schedule='linear', beta_start=1e-4, beta_end=.02)

@@ -128,6 +128,7 @@ CASES = {
     'sd3-sid-dit': Case(opened(tiny_sd3), Kappa.lsg(4.5), SID_DIT, lr=1e-4),
     'sana': Case(opened(tiny_sana), call=SQUARE),
     'sana-sid-dit': Case(opened(tiny_sana), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=SQUARE),
+    'sana-1.5': Case(opened(tiny_sana, qk_norm='rms_norm_across_heads'), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=SQUARE),
     'flux': Case(opened(tiny_flux), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **FLUX),
     'qwen-image': Case(opened(tiny_qwen_image), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **QWEN),
     'z-image': Case(opened(tiny_z_image), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=dict(guidance_scale=0)),

@@ -80,6 +80,7 @@ def test_the_parts_around():
 
 TINY = dict(sd=tiny_pipeline, sdxl=tiny_sdxl, pixart=tiny_pixart, sd3=tiny_sd3, sana=tiny_sana, flux=tiny_flux,
             qwen=tiny_qwen_image, z=tiny_z_image,
+            sana15=lambda folder: tiny_sana(folder, qk_norm='rms_norm_across_heads'),
             sigma=lambda folder: tiny_pixart(folder, kind='PixArtSigmaPipeline'))
 
 @pytest.mark.parametrize('family', TINY)
