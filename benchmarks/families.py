@@ -50,7 +50,7 @@ SETTINGS = dict(
     lr_fake=1e-4, lr_scheduler='constant', proportion_empty_prompts=0.)
 MODES = {  # what is trained
     'train': {}, 'LoRA': dict(lora='both', lora_rank=4),
-    'real pictures': dict(real_images='real', gan_freeze_generator_until=0, gan_start=0)}
+    'real pictures': dict(real_images='real', freeze_generator_until=0, gan_start=0)}
 TWO = {  # columns of two processes: the mode, and how
     'two copies': ('train', {}), 'two slices': ('train', dict(fsdp=True)), 'LoRA, two copies': ('LoRA', {}),
     'real pictures, two slices': ('real pictures', dict(fsdp=True))}

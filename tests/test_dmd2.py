@@ -24,7 +24,7 @@ from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.job import iterate, setup
 from sid_lsg_nb.training.trainer import train
 
-NOW = Adversary(layer='enc', weight_generator=0.01, weight_discriminator=0.7, freeze_generator_until=0, start=0)
+NOW = Adversary(layer='enc', weight_generator=0.01, weight_discriminator=0.7, start=0)
 RECIPE = Recipe('dmd2', kappa=Kappa(), adversary=NOW, loss_weight='none', fake_updates=5)
 FAKE, GENERATOR = Update(('fake', 'discriminator')), Update(('generator',))
 
@@ -184,7 +184,7 @@ def place(tmp_path_factory):
 
 def config(place, **k):
     base = dict(
-        method='dmd2', real_images=str(place / 'real'), fake_updates=3, gan_freeze_generator_until=0,
+        method='dmd2', real_images=str(place / 'real'), fake_updates=3, freeze_generator_until=0,
         gan_start=8,
         device='cpu', lr_scheduler='constant',
         total_batch_size=8, max_train_images=32, sample_every=0, checkpoint_every=16, log_every=8,
@@ -229,7 +229,7 @@ def test_micro_batches_equal_whole_batches(place):
 
 def test_two_processes_are_one(place):
     "Fake and head learn from one backward in each process, their gradients are averaged: the numbers of one"
-    options = '''--method dmd2 --real-images real --fake-updates 2 --gan-freeze-generator-until 0
+    options = '''--method dmd2 --real-images real --fake-updates 2 --freeze-generator-until 0
         --gan-start 8 --device cpu --total-batch-size 8 --micro-batch 2 --max-train-images 16 --sample-every 0
         --n-eval 0 --log-every 8'''
     many = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'sid_lsg_nb.cli', 'distill']

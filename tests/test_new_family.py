@@ -134,7 +134,7 @@ def test_another_family_cannot_take_its_kind(teacher):
 
 @pytest.mark.parametrize('how', ['plain', 'lora', 'real'])
 def test_it_trains_is_saved_opens_and_draws(teacher, tmp_path, how):
-    real = dict(gan_freeze_generator_until=0, gan_start=8)
+    real = dict(freeze_generator_until=0, gan_start=8)
     more = dict(plain={}, lora=dict(lora='both', lora_rank=2), real=real)[how]
     if how == 'real': more |= dict(real_images=pictures(tmp_path/'real'))
     rows = run(teacher, tmp_path/'run', **more)

@@ -16,7 +16,7 @@ processes = Distributed('cpu')
 def play(fsdp, more):
     job = setup(Config(
         prompts='p.txt', device='cpu', total_batch_size=4, micro_batch=1, max_train_images=8, real_images='real',
-        gan_freeze_generator_until=0, gan_start=0, gan_weight_generator=1.0, fsdp=fsdp, **more), processes)
+        freeze_generator_until=0, gan_start=0, gan_weight_generator=1.0, fsdp=fsdp, **more), processes)
     for s in iterate(job):
         if s.nimg >= 8: break
     states = {{role: gather_full(l.optimizer.state_dict())['state'] for role, l in job.nets.learners.items()}}

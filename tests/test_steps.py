@@ -646,7 +646,7 @@ def mid(net, x, t, text):
 def bce(l, y):
     return binary_cross_entropy_with_logits(l, torch.full_like(l, y), reduction='none').mean((1, 2))
 
-EARLY = Adversary(freeze_generator_until=0, start=0)
+EARLY = Adversary(start=0)
 BOLD = replace(EARLY, weight_generator=100.0, share=0.4)  # strong enough to be seen
 
 def test_what_the_discriminator_reads():
@@ -740,7 +740,7 @@ def trace(iters=6, **options):
     nets, seen, g = networks(), [], rng(1)
     real = lambda: torch.randn(2, 4, 8, 8, generator=g, dtype=torch.float64)
     data = lambda update: [Batch(cond_slice(COND, slice(0, 2)), real() if 'fake' in update.trains else None)]
-    m = method(kappa=Kappa(), adversary=Adversary(**options))
+    m = method(kappa=Kappa(), freeze_generator_until=4, adversary=Adversary(**options))
     for _, s in zip(range(iters), distill(nets, m, data, (4, 8, 8), rng=rng(11), dtype=torch.float64)):
         seen.append(
             [flat(p.detach().clone() for p in nets[k].net.parameters()) for k in ('fake', 'generator')]
@@ -749,7 +749,7 @@ def trace(iters=6, **options):
 
 def test_the_clock():
     "The generator is frozen until the first mark, the fake is not; after the second, and not before, the reward acts"
-    pushed, calm = (trace(freeze_generator_until=4, start=8, weight_generator=w) for w in (0.3, 0.0))
+    pushed, calm = (trace(start=8, weight_generator=w) for w in (0.3, 0.0))
     start = flat(p.detach() for p in GEN_NET.parameters())
     assert [max_abs(s[1], start) == 0 for s in pushed] == [True, True, False, False, False, False]
     assert max_abs(pushed[0][0], flat(p.detach() for p in FAKE_NET.parameters())) > 1e-4

@@ -222,7 +222,7 @@ def recipe_table(config:dict)->str:
     "The settings that a run was made with; of paths only what names them to others"
     def public(k, v):
         if k == 'method': return Path(v).name # of FILE.py:NAME without its folder
-        return public_name(v)[0] if k in ('teacher', 'prompts') and v != 'embedded' else v
+        return public_name(v)[0] if k in ('teacher', 'prompts', 'init') and v not in ('embedded', 'shipped') else v
 
     told = {k: public(k, v) for k, v in config.items() if v not in (None, '', [], ()) and k not in PRIVATE}
     return markdown_table([dict(setting=k, value=f'`{v}`') for k, v in told.items()], ['setting', 'value'])

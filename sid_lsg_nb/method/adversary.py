@@ -136,7 +136,6 @@ class Adversary:
     level_weight: str = 'edm'  # its weight by noise level: none, or of `LEVEL_WEIGHTS`
     weight_generator: float = 1e-4  # the generator's reward, beside its loss (published: 0.01 beside 100)
     share: float = 0.5  # of the reward in the mixture; the loss keeps the rest
-    freeze_generator_until: int = 100_000  # images
     start: int = 200_000  # images after which the generator is rewarded
 
     def __post_init__(self):
@@ -156,9 +155,7 @@ def add_adversary(method: ScoreDistillation, a: Adversary) -> ScoreDistillation:
         discriminator, find_weight(score.weight), a.weight_generator, Switch(a.start, 0.0, a.share)
     )
     critic = DiscriminatorLoss(discriminator, a.weight_discriminator, a.level_weight)
-    return replace(
-        method, terms=(score, reward), critics=(critic,), freeze_generator_until=a.freeze_generator_until
-    )
+    return replace(method, terms=(score, reward), critics=(critic,))
 
 # %% ../../nbs/1_method/09_adversary.ipynb #dmd2code
 class Head(nn.Module):
@@ -196,8 +193,7 @@ def add_head(method: ScoreDistillation, a: Adversary, weight: Weight | None = No
     if weight is not None: score = replace(score, weight=weight, discriminator=head)
     reward = AdversarialTerm(head, no_weight, a.weight_generator, Switch(a.start))
     tell = DiscriminatorLoss(head, a.weight_discriminator, 'none')
-    return replace(
-        method, terms=(score, reward), critics=(tell,), freeze_generator_until=a.freeze_generator_until)
+    return replace(method, terms=(score, reward), critics=(tell,))
 
 # %% ../../nbs/1_method/09_adversary.ipynb #fdistillcode
 F_DIVERGENCES = {  # h(rho) = f''(rho) rho^2

@@ -47,6 +47,7 @@ class Recipe:
     student_steps: int = 1  # of the generator: from t_init linearly down, each trained in turn
     renoise: str = 'fresh'  # noise between its steps: fresh, or fixed (the start noise again)
     fake_updates: int = 1  # of the fake, before each of the generator
+    freeze_generator_until: int = 0  # images after which the generator learns, and not only the fake
     adversary: Adversary | None = None  # compare with real pictures, too
     gradient: Callable = generator_grad  # of the generator's losses, or `generator_grad_sequential`
 
@@ -62,7 +63,8 @@ def score_distillation(recipe:Recipe, loss:Loss)->ScoreDistillation:
         (ScoreTerm(loss, r.loss_weight),), rollout=rollout, kappa=r.kappa, t_min=r.t_min, t_max=r.t_max,
         guidance_t_max=r.guidance_t_max,
         timestep_sampling=r.timestep_sampling, timestep_sampling_fake=r.timestep_sampling_fake,
-        fake_loss_weight=r.fake_loss_weight, fake_updates=r.fake_updates, gradient=r.gradient)
+        fake_loss_weight=r.fake_loss_weight, fake_updates=r.fake_updates,
+        freeze_generator_until=r.freeze_generator_until, gradient=r.gradient)
     return add_adversary(method, r.adversary) if r.adversary else method
 
 

@@ -172,6 +172,11 @@ class Teacher:
         return StudentStart(cls.kinds[0])
 
     @classmethod
+    def student_time(cls, folder)->float|None: # None: it does not say
+        "The time that a saved generator was trained at"
+        return cls.student_start(folder).t_init
+
+    @classmethod
     def open_student(cls, folder, device='cpu', dtype:torch.dtype=torch.float32):
         "A saved generator, `(prompts, seeds, steps) -> [B,3,H,W]`; raises `InputError` for anything that is none"
         raise NotImplementedError

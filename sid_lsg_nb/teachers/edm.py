@@ -222,6 +222,11 @@ class EDMTeacher(Teacher):
         return StudentStart('EDM', None, read_config(Path(folder)/'config.json').get('sigma_init'))
 
     @classmethod
+    def student_time(cls, folder)->float:
+        "That of its noise level"
+        return KarrasSchedule().sigma_to_t(cls.student_start(folder).sigma)
+
+    @classmethod
     def open_student(cls, folder, device='cpu', dtype=torch.float32)->'EDMStudent':
         "Open what `save` wrote"
         student = load_edm_student(folder, device)

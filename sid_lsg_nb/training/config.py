@@ -19,9 +19,10 @@ __all__ = ['GROUPS', 'METHOD_COPY', 'POSITIVE', 'NOT_NEGATIVE', 'AT_LEAST_ONE', 
            'Config', 'grouped_settings', 'guidance_scales', 'split_method', 'read_method', 'with_method_sha',
            'require_same_method', 'run_method_file', 'own_method', 'copy_method', 'resume_command', 'check',
            'check_guidance', 'require_both_sides', 'require_known_method', 'check_batches', 'require_one_batch',
-           'with_gan_times', 'check_combinations', 'check_scores', 'check_averages', 'check_files', 'check_gan_times',
-           'resolve', 'recipe_of', 'run_title', 'TeacherSettings', 'DataSettings', 'NetworkSettings',
-           'OptimizerSettings', 'LogSettings', 'EvaluationSettings', 'RunSettings', 'settings_of', 'lr_of']
+           'with_start_times', 'check_combinations', 'check_scores', 'check_averages', 'check_files',
+           'check_start_times', 'resolve', 'recipe_of', 'run_title', 'TeacherSettings', 'DataSettings',
+           'NetworkSettings', 'OptimizerSettings', 'LogSettings', 'EvaluationSettings', 'RunSettings', 'settings_of',
+           'lr_of']
 
 # %% ../../nbs/6_training/04_config.ipynb #f5d8920a
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Config:
     # guidance scale that the network is told as an input, beside and below kappa; for teachers that take one, as
     # FLUX.1-dev does; default: 3.5
     embedded_guidance: float | None = None
+    # what the generator begins as, a copy of the teacher unless given: a student or its run folder ("shipped": the
+    # one in the package), a LoRA of one, or a checkpoint of the official code
+    init: str = ''
     # a file of text, JSON, CSV, TSV, Parquet, Arrow or WebDataset, a folder of them, or a dataset's name; the
     # embedded teacher and EDM networks bring their own
     prompts: str = ''
@@ -84,6 +88,9 @@ class Config:
         'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr'
     # of the fake, each with its own prompts and noise, before each of the generator; DMD2 takes 5 to 10
     fake_updates: int = 1
+    # images after which the generator learns, and not only the fake; default: 0; with --real-images or --init a
+    # tenth of the run, at most the published 100,000
+    freeze_generator_until: int | None = None
     # how t is drawn: uniform, karras, edm[:MEAN,STD], logit-normal[:MEAN,STD]
     timestep_sampling: str = 'uniform'
     timestep_sampling_fake: str | None = None # the same in the fake's steps; default: the same
@@ -106,9 +113,6 @@ class Config:
     # the generator's adversarial loss beside its own loss (published: 0.01 beside 100)
     gan_weight_generator: float = 1e-4
     gan_weight_discriminator: float = 1.0 # the discriminator's loss beside the fake's
-    # images until which the generator is not updated; default: a tenth of the run, at most the published
-    # 100,000
-    gan_freeze_generator_until: int | None = None
     # images after which the generator has an adversarial loss; default: a fifth of the run, at most the
     # published 200,000
     gan_start: int | None = None
@@ -290,7 +294,7 @@ def resume_command(method:str, folder)->str:
 POSITIVE = 'lr', 'lr_fake', 'adam_epsilon', 'clip_grad_value', 'divergence_factor'
 NOT_NEGATIVE = (
     'log_every', 'sample_every', 'checkpoint_every', 'ema_halflife', 'ema_rampup', 'n_eval', 'eval_every',
-    'gan_weight_generator', 'gan_weight_discriminator', 'gan_freeze_generator_until', 'gan_start', 'lr_warmup')
+    'gan_weight_generator', 'gan_weight_discriminator', 'freeze_generator_until', 'gan_start', 'lr_warmup')
 AT_LEAST_ONE = 'checkpoints_total_limit', 'teacher_steps', 'divergence_patience', 'lora_rank', 'fake_updates'
 
 
@@ -363,16 +367,14 @@ def require_one_batch(images: int, batch: int):
     )
 
 
-def with_gan_times(config: Config) -> Config:
+def with_start_times(config: Config) -> Config:
     "The config with what depends on the length of the run worked out, as in SiDA as far as the run is long enough"
-    if not config.real_images:
-        return config
-    freeze, start = config.gan_freeze_generator_until, config.gan_start
-    if freeze is None:
+    freeze, start = config.freeze_generator_until, config.gan_start
+    if freeze is None and (config.real_images or config.init):
         freeze = min(100_000, config.max_train_images // 10)
-    if start is None:
+    if start is None and config.real_images:
         start = min(200_000, config.max_train_images // 5)
-    return replace(config, gan_freeze_generator_until=freeze, gan_start=start)
+    return replace(config, freeze_generator_until=freeze, gan_start=start)
 
 
 def check_combinations(config: Config):
@@ -402,7 +404,7 @@ def check_combinations(config: Config):
     check_scores(config)
     check_averages(config)
     check_files(config)
-    check_gan_times(config)
+    check_start_times(config)
     if c.report_to != 'none' and importlib.util.find_spec(c.report_to) is None:
         raise InputError(f'--report-to {c.report_to} needs the package; pip install {c.report_to}')
 
@@ -456,16 +458,14 @@ def check_files(config: Config):
             raise InputError(f'--{k.replace("_", "-")} {file} does not exist; {cure}')
 
 
-def check_gan_times(config: Config):
-    "Raise `InputError` for an adversarial loss that would never act"
-    if not config.real_images:
-        return
-    c, most = with_gan_times(config), config.max_train_images
+def check_start_times(config: Config):
+    "Raise `InputError` for a generator that would never learn, or an adversarial loss that would never act"
+    c, most = with_start_times(config), config.max_train_images
     never = {
-        'gan-freeze-generator-until': (c.gan_freeze_generator_until, 'the generator would not be updated'),
-        'gan-start': (c.gan_start, 'there would be no adversarial loss')}
+        'freeze-generator-until': (c.freeze_generator_until, 'the generator would not be updated'),
+        'gan-start': (c.real_images and c.gan_start, 'there would be no adversarial loss')}
     for name, (when, what) in never.items():
-        if when < most:
+        if not when or when < most:
             continue
         raise InputError(
             f'--{name}: {what} for the whole run of {most:,} images; '
@@ -478,7 +478,7 @@ def resolve(config: Config, world: int = 1) -> Config:
     from sid_lsg_nb.training.distributed import split_batch
 
     check(config)
-    c = with_method_sha(with_gan_times(config))
+    c = with_method_sha(with_start_times(config))
     batch, micro, rounds = split_batch(c.total_batch_size, c.micro_batch, c.gradient_accumulation_steps, world)
     require_one_batch(c.max_train_images, batch)
     return replace(c, total_batch_size=batch, micro_batch=micro, gradient_accumulation_steps=rounds)
@@ -496,7 +496,7 @@ def recipe_of(
     c, (lo, hi) = config, usual
     adversary = Adversary(
         c.gan_layer, c.gan_weight_discriminator, weight_generator=c.gan_weight_generator,
-        freeze_generator_until=c.gan_freeze_generator_until or 0, start=c.gan_start or 0)
+        start=c.gan_start or 0)
     own = {
         k: getattr(c, k)
         for k in (
@@ -510,7 +510,7 @@ def recipe_of(
     gradient = generator_grad_sequential if c.sequential_gradient or c.lora != 'none' else generator_grad
     return Recipe(
         method=own_method(c), kappa=guidance_scales(c), adversary=adversary if c.real_images else None,
-        gradient=gradient, **times, **own)
+        freeze_generator_until=c.freeze_generator_until or 0, gradient=gradient, **times, **own)
 
 
 def run_title(config: Config) -> str:
@@ -561,6 +561,7 @@ class NetworkSettings:
     gradient_checkpointing: bool
     channels_last: bool
     compile: bool
+    init: str  # what the generator begins as; '': the teacher
     seed: int
 
 

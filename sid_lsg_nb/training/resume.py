@@ -21,7 +21,7 @@ from ..data.prompts import count_truncated, describe_truncated, prompt_hashes
 from .checkpoint import CheckpointError, load_latest, save_checkpoint
 from .config import Config, check, lr_of, with_method_sha
 from .distributed import Distributed, gather_full, precision_of, shard_like
-from .job import TrainingJob, setup
+from .job import TrainingJob, setup, with_t_init
 from .run_folder import changed_settings, resume_folder, run_folder, saved_config, write_config
 
 # %% ../../nbs/6_training/14_resume.ipynb #68eabc3e
@@ -107,7 +107,7 @@ def load_state(thing, state: dict, sharded: bool):  # a network or an optimiser
 def config_on_all_ranks(config: Config, processes: Distributed) -> Config:
     """The settings of the whole run: a resumed run's are the first process's, which sees its folder; else raises
     `InputError` if they are not the same for all"""
-    config = processes.run_on_all(lambda: with_method_sha(check(config)))
+    config = processes.run_on_all(lambda: with_t_init(with_method_sha(check(config))))
     processes.require_same({f'the version of {k}': v for k, v in library_versions('peft').items()})
     if processes.any_rank(bool(config.resume)):
         return processes.broadcast(config)
@@ -221,7 +221,7 @@ def open_run(config: Config, processes: Distributed | None = None) -> tuple[Trai
         name, state = load_latest_state(folder, processes)
     except CheckpointError as e:
         raise as_input_error(e) from e
-    job = setup(config, processes)
+    job = setup(config, processes, resumed=True)
     processes.run_on_all(lambda: restore(job, state))
     check_folder(job, folder)
     take_settings(job)

@@ -11,12 +11,13 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import yaml
 from ..core import InputError, atomic_write, read_json, read_json_or, read_jsonl
 from .checkpoint import CheckpointError, checkpoints, load_facts
-from .config import Config, METHOD_COPY, copy_method, require_same_method, with_gan_times
+from .config import Config, METHOD_COPY, copy_method, require_same_method, with_start_times
 
 # %% auto #0
-__all__ = ['LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'OF_ONE_RUN', 'require_run_folder', 'check_out', 'new_folder',
-           'run_folder', 'write_config', 'log_rows', 'has_type', 'config_from_dict', 'settings_in_file', 'saved_config',
-           'has_started', 'resume_folder', 'changed_settings', 'check_run_folder', 'closing_done', 'finished']
+__all__ = ['LATEST', 'RUN_FILES', 'LOG_COLUMNS', 'FIXED_SETTINGS', 'RENAMED', 'OF_ONE_RUN', 'require_run_folder', 'check_out',
+           'new_folder', 'run_folder', 'write_config', 'log_rows', 'has_type', 'config_from_dict', 'settings_in_file',
+           'saved_config', 'has_started', 'resume_folder', 'changed_settings', 'check_run_folder', 'closing_done',
+           'finished']
 
 # %% ../../nbs/6_training/06_run_folder.ipynb #c12fd6eb
 LATEST = 'latest' # of --resume: go on if there is something, begin if there is nothing
@@ -58,7 +59,7 @@ def run_folder(config:Config)->Path:
     folder = new_folder(config)
     for old in (folder/'samples').glob('[0-9]*.png'): old.unlink()     # of an attempt that reached no checkpoint
     (folder/'samples').mkdir(exist_ok=True)
-    write_config(with_gan_times(config), folder)
+    write_config(with_start_times(config), folder)
     return folder
 
 def write_config(config:Config, folder:Path):
@@ -76,7 +77,9 @@ def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are n
 
 # %% ../../nbs/6_training/06_run_folder.ipynb #4d568a03
 FIXED_SETTINGS = (
-    'prediction_type', 'height', 'width', 'embedded_guidance', 'negative_prompt', 'seed', 't_init', 'student_steps')
+    'prediction_type', 'height', 'width', 'embedded_guidance', 'negative_prompt', 'seed', 't_init', 'student_steps',
+    'init')
+RENAMED = dict(gan_freeze_generator_until='freeze_generator_until')  # old name: what it is called now
 
 
 def has_type(value, hint) -> bool:
@@ -94,7 +97,7 @@ def has_type(value, hint) -> bool:
 
 def config_from_dict(values: dict, source, base: Config = Config()) -> Config:
     "Settings of a file over those of a base; raises `InputError` for unknown ones, and values of another type"
-    hints = get_type_hints(Config)
+    hints, values = get_type_hints(Config), {RENAMED.get(k, k): v for k, v in values.items()}
     strange = [k for k in values if k not in hints]
     if strange:
         raise InputError(
