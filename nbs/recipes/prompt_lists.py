@@ -96,7 +96,7 @@ def run(p: PromptList, lines: list[str], images: int, work: Path) -> dict:
 
 def main(
     work: Path,                                 # the world of the bundled teacher, and files of the runs
-    lists: int = 40,                            # how many lists
+    lists: int = 36,                            # how many lists
     images: int = 2_400,                        # of one run
     out: Path = IMAGES/'prompt_lists.jsonl',    # a line per list; lists that are there are not run again
 ):

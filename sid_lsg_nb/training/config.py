@@ -68,7 +68,7 @@ class Config:
     # pipeline has for that)
     negative_prompt: str = ''
     # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
-    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; or FILE.py:NAME, a loss or a method
+    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; kd (the teacher's own path, no fake); or FILE.py:NAME, a loss or a method
     # of your own. Naming a file runs it
     method: str = 'sid'
     # SHA-256 of the file of your own method, filled in when a run begins: the run goes on with no other
@@ -86,6 +86,7 @@ class Config:
     # of the fake's loss; snr is the plain error of epsilon
     fake_loss_weight: Literal[
         'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr'
+    regression_steps: int = 8 # of kd: the teacher's, from the generator's noise to a picture
     # of the fake, each with its own prompts and noise, before each of the generator; DMD2 takes 5 to 10
     fake_updates: int = 1
     # images after which the generator learns, and not only the fake; default: 0; with --real-images or --init a
@@ -328,7 +329,7 @@ def check_guidance(config: Config):
         raise InputError('--guidance-t-max bounds guidance, and all its scales are 1; leave it away, or give --kappa')
 
 
-METHODS_OF_MORE = 'dmd2', 'f_distill', 'decoupled_dmd'  # with a head, or a second objective
+METHODS_OF_MORE = 'dmd2', 'f_distill', 'decoupled_dmd', 'kd'  # with a head, a second objective, or no fake
 METHOD_NAMES = 'sid', 'sim', 'fisher', 'di', *METHODS_OF_MORE  # rows of the package, known before PyTorch is loaded
 
 
@@ -502,7 +503,7 @@ def recipe_of(
         for k in (
             'alpha', 'loss_weight', 'distance', 'space', 'divergence', 'augmentation_t_min', 'augmentation_t_max',
             'timestep_sampling_augmentation', 'timestep_sampling', 'timestep_sampling_fake',
-            'fake_loss_weight', 'fake_updates', 'student_steps', 'renoise')
+            'fake_loss_weight', 'fake_updates', 'student_steps', 'renoise', 'regression_steps')
     }
     times = dict(
         t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init,
