@@ -387,7 +387,7 @@ def long_functions(root):
     ]
 
 LIST = 'config', 'presets', 'run_folder', 'dry_run'  # modules of training about the flat list of settings itself
-TAKE_ALL = 'of', 'setup', 'config_on_all_ranks', 'open_run', 'train'  # these take it; all others get a part of it
+TAKE_ALL = 'of', 'setup', 'with_t_init', 'config_on_all_ranks', 'open_run', 'train'  # these take it; all others get a part of it
 
 def whole_settings(root):
     "Functions of training that take the whole list of settings"

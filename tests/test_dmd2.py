@@ -14,12 +14,11 @@ from sid_lsg_nb.core import max_abs, rng
 from sid_lsg_nb.method.adversary import Adversary, Head
 from sid_lsg_nb.method.gaussians import CASE_A, CASE_B, CASE_C, di_grad, gauss_hermite
 from sid_lsg_nb.method.guidance import Kappa
-from sid_lsg_nb.method.losses import no_weight
 from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.optim import make_adam
 from sid_lsg_nb.method.rollout import Draw
-from sid_lsg_nb.method.steps import Batch, Learner, Networks, Update, mean_of_repeats, run_update, split_noise
-from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
+from sid_lsg_nb.method.steps import Batch, Learner, Networks, Update, run_update, split_noise
+from sid_lsg_nb.training.checkpoint import load_checkpoint
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.job import iterate, setup
 from sid_lsg_nb.training.trainer import train

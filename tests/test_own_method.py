@@ -1,7 +1,6 @@
 """A loss or a method in a user's own file: trained by name, resumed only if it is the same, and never run unasked."""
 
 import json, re
-from dataclasses import replace
 import pytest
 from sid_lsg_nb.cli import main
 from sid_lsg_nb.core import InputError

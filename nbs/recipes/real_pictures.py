@@ -34,7 +34,11 @@ ARMS = {                                        # options beside those of all; `
     "1,000 of the teacher's": dict(pictures='teacher-1000'),
     '1,000 real, weight x 100': dict(pictures='real-1000', gan_weight_generator=1e-2),
     '100 real': dict(pictures='real-100'),
-    '10,000 real': dict(pictures='real-10000')}
+    '10,000 real': dict(pictures='real-10000'),
+    '1,000 real, weight x 10': dict(pictures='real-1000', gan_weight_generator=1e-3),
+    "1,000 of the teacher's, weight x 10": dict(pictures='teacher-1000', gan_weight_generator=1e-3),
+    "1,000 of the teacher's, weight x 100": dict(pictures='teacher-1000', gan_weight_generator=1e-2),
+    'as it began': None}
 OPTIONS = dict(init='shipped', kappa=1.6, guidance_t_max=200, lr=1e-4, lr_fake=1e-4, device='cpu')
 PASSES = {'trained': 2, 'held-out': 4}          # over the captions, for a score
 KEPT = 'tiny_fd', 'tiny_fd_se', 'tiny_clip', 'concept', 'style', 'color', 'n'
@@ -68,10 +72,10 @@ def teacher_pictures(n: int):
 
 def run(arm: str, seed: int, images: int, work: Path):
     "Train and draw; features and first losses are kept"
-    options = dict(OPTIONS, **ARMS[arm])
+    options = dict(OPTIONS, **ARMS[arm] or {})
     if folder := options.pop('pictures', ''): options['real_images'] = str(work/folder)
     job, first = setup(Config(seed=seed, max_train_images=images, **options)), []
-    for s in iterate(job):
+    for s in iterate(job) if ARMS[arm] is not None else ():
         if len(first) < 3: first.append([round(float(s.logs[k]), 5) for k in ('loss_fake', 'loss')])
         if s.nimg >= images: break
     draw, scorer = student_draw(job.teacher, job.ema.net, job.t_init, 1), TinyClip()

@@ -10,7 +10,6 @@ __all__ = ['LORA_FILES', 'find_start', 'start_time', 'is_lora', 'WeightsInMemory
 import copy
 from dataclasses import dataclass
 from pathlib import Path
-import torch
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -21,7 +20,6 @@ from ..teachers.base import Teacher
 from ..teachers.loading import WeightFiles, find_weight_files
 from ..teachers.registry import find_family, open_teacher
 from ..teachers.single_file import is_single_file, read_single_file
-from ..teachers.stock_pipeline import network_of
 from .import_checkpoint import tensor_differences
 from .shipped_student import shipped_student
 
