@@ -75,7 +75,8 @@ def shipped_student(
 ) -> Path: # a run folder
     "The student that comes with the package, as a run; raises `InputError` if it fits another teacher, or has no place"
     file = Path(folder)/'difference.safetensors'
-    stamp = hashlib.sha256(''.join(map(file_sha256, (file, _UNET))).encode()).hexdigest()[:16]
+    parts = file, _UNET, Path(folder)/'config.json' # settings of another version of the package may have other names
+    stamp = hashlib.sha256(''.join(map(file_sha256, parts)).encode()).hexdigest()[:16]
     try:
         run = cached_assets_path('sid_lsg_nb', 'students', stamp, assets_dir=cache)/'shipped-student'
         if (run/'generator/model_index.json').is_file(): return run
