@@ -24,7 +24,7 @@ from sid_lsg_nb.teachers.edm import save_edm, tiny_edm
 from sid_lsg_nb.teachers.registry import brings_prompts
 from sid_lsg_nb.teachers.student import save_student
 from sid_lsg_nb.testing import quiet_libraries, tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana
-from sid_lsg_nb.testing import tiny_sd3, tiny_sdxl, tiny_z_image
+from sid_lsg_nb.testing import tiny_flux2, tiny_sd3, tiny_sdxl, tiny_z_image
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.distributed import Distributed, gather_full
 from sid_lsg_nb.training.job import iterate, setup
@@ -44,6 +44,7 @@ def published_sd3(folder) -> str:
 FAMILIES = {  # title: folder -> a small random teacher
     'Stable Diffusion': tiny_pipeline, 'SDXL': tiny_sdxl, 'PixArt': tiny_pixart, 'Stable Diffusion 3': published_sd3,
     'SANA': tiny_sana, 'FLUX.1': tiny_flux, 'Qwen-Image': tiny_qwen_image, 'Z-Image': tiny_z_image,
+    'FLUX.2-klein': tiny_flux2,
     'EDM': lambda folder: save_edm(tiny_edm(classes=10).denoiser.net, folder)}
 SETTINGS = dict(
     teacher='teacher', device='cpu', total_batch_size=4, micro_batch=2, max_train_images=8, lr=1e-4,

@@ -6,9 +6,9 @@
 __all__ = ['TINY_WORDS', 'tiny_vocab', 'tiny_tokenizer', 'tiny_text_encoder', 'tiny_unet', 'tiny_vae', 'tiny_pipeline',
            'tiny_sdxl_unet', 'tiny_pooled_text_encoder', 'tiny_sdxl', 'tiny_t5', 'tiny_pixart', 'tiny_clip',
            'tiny_sd3_t5', 'tiny_sd3', 'tiny_flux', 'tiny_gemma', 'tiny_dcae', 'tiny_sana', 'tiny_qwen_tokenizer',
-           'tiny_qwen_vl', 'tiny_qwen_image', 'tiny_z_image', 'quiet_libraries', 'open_stock', 'damaged', 'edit_json',
-           'swap_part', 'with_config', 'refusal', 'refuses', 'step_noises', 'global_noises', 'check_guided_sampling',
-           'check_student']
+           'tiny_qwen_vl', 'tiny_qwen_image', 'tiny_z_image', 'tiny_flux2', 'quiet_libraries', 'open_stock', 'damaged',
+           'edit_json', 'swap_part', 'with_config', 'refusal', 'refuses', 'step_noises', 'global_noises',
+           'check_guided_sampling', 'check_student']
 
 # %% ../nbs/01_testing.ipynb #22dc0144
 import inspect, json, re, shutil, tempfile, warnings
@@ -20,11 +20,13 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPi
 from diffusers import PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
 from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
 from diffusers import SanaPipeline, SanaTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import Qwen3ForCausalLM
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 from .core import InputError, max_abs, noise_for
@@ -378,6 +380,36 @@ def tiny_z_image(
             eos_token_id=words.eos_token_id)).eval()
         vae = AutoencoderKL.from_config(tiny_vae().config, scaling_factor=.3611, shift_factor=.1159)
         pipe = ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.), vae, text, words, net)
+    if size: pipe.register_to_config(_height=size[0], _width=size[1])
+    pipe.save_pretrained(folder)
+    return str(folder)
+
+# %% ../nbs/01_testing.ipynb #6226ae50
+def tiny_flux2(
+    folder, # where to write it; made if missing
+    seed:int=0, # of the weights
+    size:tuple|None=(16, 16), # height and width in pixels that the folder names; None: 256, as for FLUX.2 at 1024
+)->str: # the folder, ready for `open_teacher`
+    "Save a complete FLUX.2-klein pipeline with small random networks."
+    words = tiny_qwen_tokenizer()
+    words.chat_template = _CHAT
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Flux2Transformer2DModel(
+            in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+            joint_attention_dim=48, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
+        net.context_embedder.weight.data.mul_(10)               # the text must matter
+        text = Qwen3ForCausalLM(Qwen3Config(                    # the layers 9, 18 and 27 are read
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=28, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=1024, bos_token_id=None,
+            eos_token_id=words.eos_token_id)).eval()
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(8, 16), down_block_types=('DownEncoderBlock2D',)*2, layers_per_block=1,
+            up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, norm_num_groups=4, sample_size=16).eval()
+        vae.bn.running_mean.copy_(torch.linspace(-.5, .5, 16))
+        vae.bn.running_var.copy_(torch.linspace(.5, 2., 16))
+        levels = FlowMatchEulerDiscreteScheduler(shift=3., use_dynamic_shifting=True)
+        pipe = Flux2KleinPipeline(levels, vae, text, words, net)
     if size: pipe.register_to_config(_height=size[0], _width=size[1])
     pipe.save_pretrained(folder)
     return str(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, QwenImagePipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, Flux2KleinPipeline, FluxPipeline, QwenImagePipeline
 from diffusers import UNet2DConditionModel, UNet2DModel
 from sid_lsg_nb.core import max_abs, noise_for, rng
 from sid_lsg_nb.data.prompt_stream import PromptStream, text_batches
@@ -26,8 +26,8 @@ from sid_lsg_nb.teachers.edm_networks import wrap_unet2d
 from sid_lsg_nb.teachers.registry import open_student, open_teacher
 from sid_lsg_nb.teachers.student import save_student
 from sid_lsg_nb.teachers.qwen_image import UNHEARD
-from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3, tiny_sdxl
-from sid_lsg_nb.testing import tiny_vae, tiny_z_image
+from sid_lsg_nb.testing import tiny_flux, tiny_flux2, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3
+from sid_lsg_nb.testing import tiny_sdxl, tiny_vae, tiny_z_image
 
 PROMPTS = ['a red cat', 'the blue dog on a shoe', 'an apple', 'the green apple']
 SID_DIT = dict(
@@ -115,6 +115,10 @@ FLUX = dict(
 QWEN = dict(
     call=dict(true_cfg_scale=1), pack=lambda z: QwenImagePipeline._pack_latents(z, *z.shape),
     unpack=lambda z: QwenImagePipeline._unpack_latents(z, 8, 8, 1)[:, :, 0])
+BATCH_NORM = [v.view(1, -1, 1, 1) for v in (torch.linspace(-.5, .5, 16), torch.sqrt(torch.linspace(.5, 2., 16) + 1e-4))]
+FLUX2 = dict(
+    call=dict(guidance_scale=0),
+    unpack=lambda z: (Flux2KleinPipeline._patchify_latents(z) - BATCH_NORM[0])/BATCH_NORM[1])
 CASES = {
     'sd': Case(opened(tiny_pipeline)),
     'sd21': Case(tiny_sd21, **SMALL),
@@ -130,6 +134,7 @@ CASES = {
     'sana-sid-dit': Case(opened(tiny_sana), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=SQUARE),
     'sana-1.5': Case(opened(tiny_sana, qk_norm='rms_norm_across_heads'), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=SQUARE),
     'flux': Case(opened(tiny_flux), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **FLUX),
+    'flux2-klein': Case(opened(tiny_flux2), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **FLUX2),
     'qwen-image': Case(opened(tiny_qwen_image), Kappa.lsg(4.5), SID_DIT, lr=1e-4, **QWEN),
     'z-image': Case(opened(tiny_z_image), Kappa.lsg(4.5), SID_DIT, lr=1e-4, call=dict(guidance_scale=0)),
     'edm': Case(edm(classes=10), Kappa(), stock=False),
@@ -230,12 +235,12 @@ def test_stock_diffusers_draws_what_the_generator_draws(trained):
     pipe.set_progress_bar_config(disable=True)
     one = dict(latents=trained.case.pack(z), num_inference_steps=1, guidance_scale=0, output_type='latent')
     side = (
-        {k: t.latent_shape[1] * pipe.vae_scale_factor for k in ('height', 'width')}
+        {k: t.image_size[0] if getattr(t, 'image_size', None) else t.latent_shape[1] * pipe.vae_scale_factor for k in ('height', 'width')}
         if trained.case.call
         else {}
     )
     given = list(two)  # Z-Image's pipeline writes into it
-    theirs = trained.case.unpack(pipe(given, **one | side | trained.case.call).images)
+    theirs = trained.case.unpack(pipe(prompt=given, **one | side | trained.case.call).images)
     with torch.no_grad():
         ours, untrained = (one_step(net, z, t.text(two), t_init) for net in (gen, t.denoiser))
     assert max_abs(theirs, ours) < 1e-5 * ours.abs().max() and max_abs(ours, untrained) > 1e-4

@@ -1,4 +1,4 @@
-"""Qwen-Image and Z-Image from the command line: a small random teacher is distilled, alone and with LoRA, and a dry run
+"""Qwen-Image, Z-Image and FLUX.2-klein from the command line: a small random teacher is distilled, alone and with LoRA, and a dry run
 counts its memory."""
 
 import json
@@ -8,9 +8,9 @@ from sid_lsg_nb.cli import main
 from sid_lsg_nb.commands.bench import random_teacher
 from sid_lsg_nb.core import InputError, max_abs
 from sid_lsg_nb.teachers.registry import model_shapes, open_student, open_teacher
-from sid_lsg_nb.testing import open_stock, tiny_qwen_image, tiny_z_image
+from sid_lsg_nb.testing import open_stock, tiny_flux2, tiny_qwen_image, tiny_z_image
 
-FAMILIES = dict(qwen_image=tiny_qwen_image, z_image=tiny_z_image)
+FAMILIES = dict(qwen_image=tiny_qwen_image, z_image=tiny_z_image, flux2_klein=tiny_flux2)
 LINE = """--max-train-images 8 --total-batch-size 4 --micro-batch 2 --log-every 4 --sample-every 4 --checkpoint-every 4
 --teacher-steps 2 --lr 1e-4 --lr-fake 1e-4 --student-steps 1 --device cpu --mixed-precision no""".split()
 

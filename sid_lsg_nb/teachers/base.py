@@ -92,6 +92,7 @@ class ModelShapes:
     vae:float # weights of the VAE, in millions
     hub_id:str = '' # where it is published
     shrink:int = 8 # pixels of a latent's side
+    packed:int = 1 # latents of the VAE in a side of one
 
     def at_size(self, height:int, width:int)->'ModelShapes': # pixels
         "The same for pictures of another size"
@@ -469,7 +470,8 @@ def folder_shapes(
     if not config: return None
     config = {k: v for k, v in config.items() if k[0] != '_'}
     said, drawn = (sum(count_weights(folder/part) for part in parts)/1e6 for parts in (text, ('vae',)))
-    whole = replace(make(config, said, drawn), shrink=vae_shrink(vae))
+    whole = make(config, said, drawn)
+    whole = replace(whole, shrink=vae_shrink(vae)*whole.packed)
     size = saved_size(read_config(folder/'model_index.json'))
     return whole.at_size(*size) if size else whole
 

@@ -40,9 +40,10 @@ def latent_shift(vae:nn.Module)->float:
     return (vae.config.get('shift_factor') or 0.)*vae.config.scaling_factor
 
 SHIFT_ARGUMENTS = 'base_seq_len', 'max_seq_len', 'base_shift', 'max_shift' # of diffusers' `calculate_shift`
-def shift_function(pipe:DiffusionPipeline): # (tokens, ...) -> mu; None: the pipeline has none
+def shift_function(pipe:DiffusionPipeline): # (tokens, ...) -> mu, or (tokens, steps); None: the pipeline has none
     "How the file of a stock pipeline makes a shift from the number of tokens"
-    return getattr(sys.modules[type(pipe).__module__], 'calculate_shift', None)
+    known = vars(sys.modules[type(pipe).__module__])
+    return known.get('calculate_shift') or known.get('compute_empirical_mu')
 
 def flow_schedule(
     scheduler, # a pipeline's

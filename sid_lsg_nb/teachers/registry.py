@@ -20,7 +20,7 @@ from .sd3 import SD3Teacher
 from .sana import SanaTeacher
 from .single_file import is_single_file, detect_model, open_single_file, read_single_file
 from .edm import EDMTeacher
-from .flux import FluxTeacher
+from .flux import Flux2KleinTeacher, FluxTeacher
 from .qwen_image import QwenImageTeacher
 from .z_image import ZImageTeacher
 
@@ -38,7 +38,7 @@ def register_family(
 
 for family in (
     StableDiffusionTeacher, SDXLTeacher, PixArtTeacher, SD3Teacher, SanaTeacher, EDMTeacher, FluxTeacher,
-    QwenImageTeacher, ZImageTeacher
+    QwenImageTeacher, ZImageTeacher, Flux2KleinTeacher
 ): register_family(family)
 
 def find_family(path)->type[Teacher]|None: # None: of none, or not known before it is fetched or read
