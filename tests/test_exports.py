@@ -21,8 +21,8 @@ from sid_lsg_nb.core import InputError, max_abs, noise_for
 from sid_lsg_nb.export.lora import KOHYA, save_lora
 from sid_lsg_nb.teachers.registry import FAMILIES, family_of, open_student
 from sid_lsg_nb.teachers.student import save_student
-from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3, tiny_sdxl
-from sid_lsg_nb.testing import tiny_z_image
+from sid_lsg_nb.testing import tiny_flux, tiny_flux2, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3
+from sid_lsg_nb.testing import tiny_sdxl, tiny_z_image
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.job import iterate, setup
 from sid_lsg_nb.training.memory import plain_copy
@@ -48,6 +48,7 @@ CASES = {
     'sd3': Case(tiny_sd3, 'StableDiffusion3Pipeline'),
     'sana': Case(tiny_sana, 'SanaPipeline', SQUARE),
     'flux': Case(tiny_flux, 'FluxPipeline', pack=pack, kohya=False),
+    'flux2': Case(tiny_flux2, 'Flux2KleinPipeline'),
     'qwen-image': Case(tiny_qwen_image, 'QwenImagePipeline', pack=pack),
     'z-image': Case(tiny_z_image, 'ZImagePipeline'),
 }
@@ -73,7 +74,7 @@ def trained(request, tmp_path_factory):
         pipe.set_progress_bar_config(disable=True)
         z = noise_for([7, 8], latent).to(next(pipe.vae.parameters()).dtype)
         options = dict(latents=case.pack(z), output_type='pt') | call
-        return pipe(list(PROMPTS), **options).images.float()  # Z-Image's pipeline writes into the list
+        return pipe(prompt=list(PROMPTS), **options).images.float()  # Z-Image's pipeline writes into the list
 
     pipe = DiffusionPipeline.from_pretrained(tmp / 'student')
     return SimpleNamespace(tmp=tmp, draw=draw, pictures=draw(pipe), case=case)
@@ -186,7 +187,7 @@ def test_one_file_draws_the_same_or_is_refused(trained):
     file = trained.tmp / 'one.safetensors'
     write = lambda: export(trained, 'single-file', out=str(file), dtype='fp32', title='One')
     none = 'no from_single_file in diffusers'
-    refused = {'pixart': none, 'sana': none, 'qwen-image': none, 'sd3': 'not the identity'}
+    refused = {'pixart': none, 'sana': none, 'flux2': none, 'qwen-image': none, 'sd3': 'not the identity'}
     why = next((words for make, words in refused.items() if CASES[make] is trained.case), '')
     if why:
         with pytest.raises(InputError, match=why): write()
