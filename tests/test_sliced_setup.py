@@ -34,8 +34,7 @@ def play(teacher):
         if s.nimg >= 8: break
     nets = dict(ema=job.ema.net, teacher=job.teacher.denoiser) | {{k: l.net for k, l in job.nets.learners.items()}}
     state, learns = state_of(job)['generator'], job.nets.learners['generator'].net
-    held = [state[k] for k, _ in learns.named_parameters()]  # whole in the first process, nowhere else
-    assert all((v is not None) == processes.is_main and not isinstance(v, DTensor) for v in held)
+    assert all(isinstance(state[k], DTensor) for k, _ in learns.named_parameters())  # nobody has made it whole
     return job.teacher_sha, {{k: gather_full(n.state_dict()) for k, n in nets.items()}}
 
 (sha, sliced), (same_sha, whole) = play(None), play(open_teacher('teacher'))

@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SPLIT_ERRORS', 'SCALE',
            'precision_of', 'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of',
            'init_processes', 'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'Distributed',
-           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'read_slices', 'shard_fsdp', 'gather_full',
-           'shard_like', 'make_learner']
+           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'own_rows', 'read_slices', 'shard_fsdp',
+           'gather_full', 'gather_in_turn', 'SentTensor', 'read_like', 'make_learner']
 
 # %% ../../nbs/6_training/02_distributed.ipynb #3258027c
 import os, socket, sys, threading
@@ -20,10 +20,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from ..core import InputError, pick_device
-from .checkpoint import CheckpointError, join, split
+from .checkpoint import CheckpointError, StoredTensor, in_file_order
 from ..method.steps import Learner
 from ..method.optim import make_adam
 
@@ -299,18 +299,9 @@ class Distributed:
             return box[0]
         return value
 
-    def broadcast_tree(self, tree):
-        "A tree of tensors and plain values that the first process has, in all, one tensor at a time"
-        if not self.group:
-            return tree
-        skeleton, tensors = split(tree) if self.is_main else (None, {})
-        skeleton, shapes = self.broadcast((skeleton, {k: (t.shape, t.dtype) for k, t in tensors.items()}))
-        for k, (shape, dtype) in shapes.items():
-            tensors[k] = tensors[k].cpu().contiguous() if self.is_main else torch.empty(shape, dtype=dtype)
-            dist.broadcast(
-                tensors[k].view(-1).view(torch.uint8) if tensors[k].numel() else tensors[k], src=0,
-                group=self.group)
-        return join(skeleton, tensors)
+    def broadcast_tensor(self, tensor: torch.Tensor):  # on the CPU, contiguous
+        "Write the first process's numbers into this one, of the same shape, in all"
+        if self.group: dist.broadcast(tensor.view(-1).view(torch.uint8), src=0, group=self.group)
 
     def run_on_main(self, work):
         "Let the first process do something, and tell all: what came out, or what went wrong"
@@ -432,6 +423,13 @@ def wrap_ddp(processes: Distributed, net: nn.Module) -> dict:  # train, sync: fo
     return dict(train=net.with_net(wrapped) if hasattr(net, 'with_net') else wrapped, sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2fc73db2
+def own_rows(t: DTensor) -> tuple[int, int]:  # the first, and the one after the last
+    "Which rows of a tensor in slices this process has"
+    most = -(-len(t)//t.device_mesh.size())  # rows of a full slice
+    start = min(t.device_mesh.get_local_rank()*most, len(t))
+    return start, start + len(t.to_local())
+
+
 @torch.no_grad()
 def read_slices(net: nn.Module, device):
     "Give a network that was cut while it was without numbers (see `weights_in_files`) the rows that are its own"
@@ -439,9 +437,7 @@ def read_slices(net: nn.Module, device):
     del net.weight_files, net._apply
     net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     for name, p in net.named_parameters():
-        mine, most = p.to_local(), -(-len(p)//p.device_mesh.size())  # rows here; rows of a full slice
-        start = min(p.device_mesh.get_local_rank()*most, len(p))
-        mine.copy_(files.read(name, start, start + len(mine)))
+        p.to_local().copy_(files.read(name, *own_rows(p)))
 
 
 def shard_fsdp(processes: Distributed, net: nn.Module) -> dict:  # sync: for a `Learner`
@@ -478,15 +474,29 @@ def gather_full(tree, keep: bool = True):  # False: this process helps, and has 
     return type(tree)(gather_full(v, keep) for v in tree) if isinstance(tree, (list, tuple)) else tree
 
 
-def shard_like(tree, model):
-    "The same tree with every tensor sliced as its counterpart in `model` is"
-    if isinstance(model, DTensor):
-        return distribute_tensor(
-            tree.to(model.device), model.device_mesh, model.placements, src_data_rank=None
-        )
-    if isinstance(tree, dict):
-        return {k: shard_like(v, model[k]) for k, v in tree.items()}
-    return type(tree)(map(shard_like, tree, model)) if isinstance(tree, (list, tuple)) else tree
+def gather_in_turn(tensors: dict, keep: bool = True):  # see `gather_full`
+    "Tensors as they follow each other in a file, each put together when it is asked for; all processes must ask"
+    for name in in_file_order(tensors): yield gather_full(tensors[name], keep)
+
+
+@dataclass(frozen=True)
+class SentTensor(StoredTensor):
+    "A tensor that the first process reads out of its file and sends; all processes must ask for it"
+
+    processes: Distributed
+
+    def __getitem__(self, rows):
+        empty = lambda: torch.empty(self.shape, dtype=getattr(torch, self.kind))
+        whole = self.processes.run_on_all(lambda: super(SentTensor, self).__getitem__(...) if self.processes.is_main else empty())
+        self.processes.broadcast_tensor(whole)
+        return whole if rows is ... else whole[rows].clone()  # a part alone would keep the whole
+
+
+def read_like(stored, like=None):  # `StoredTensor` or a tensor; its counterpart where it shall go
+    "A tensor, whole and new, or its rows in the slice that is there"
+    if not isinstance(like, DTensor): return stored[...]
+    like.to_local().copy_(stored[slice(*own_rows(like))])
+    return like
 
 # %% ../../nbs/6_training/02_distributed.ipynb #d1f5fe59
 SCALE = (

@@ -161,7 +161,8 @@ def export_generator(job: TrainingJob, folder: Path):
 def restore_last_good(job: TrainingJob, folder: Path, why: Diverged):
     "Take the last good state: what was learnt since the alarm is worth nothing"
     try:
-        restore(job, load_latest_state(folder, job.processes)[1])
+        state = load_latest_state(folder, job.processes)[1]
+        job.processes.run_on_all(lambda: restore(job, state))
     except CheckpointError:
         raise Diverged(f'{why}; there is no good checkpoint to go back to, and nothing was exported') from None
 
