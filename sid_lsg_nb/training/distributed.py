@@ -487,7 +487,8 @@ class SentTensor(StoredTensor):
 
     def __getitem__(self, rows):
         empty = lambda: torch.empty(self.shape, dtype=getattr(torch, self.kind))
-        whole = self.processes.run_on_all(lambda: super(SentTensor, self).__getitem__(...) if self.processes.is_main else empty())
+        read = lambda: super(SentTensor, self).__getitem__(...)
+        whole = self.processes.run_on_all(read if self.processes.is_main else empty)
         self.processes.broadcast_tensor(whole)
         return whole if rows is ... else whole[rows].clone()  # a part alone would keep the whole
 
