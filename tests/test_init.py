@@ -1,4 +1,4 @@
-"""A run that goes on from a student (`--init`): of every family, from every form, alone and in slices, after a break."""
+"""A run that goes on from a student (`--init`): of every family, from every form, in slices, after a break."""
 
 import copy
 import json

@@ -1,4 +1,5 @@
-"""Trajectory regression (`--method kd`): the teacher's path is diffusers' own; a run without a fake trains, goes on and is gone on from."""
+"""Trajectory regression (`--method kd`): the teacher's path is diffusers' own; a run without a fake trains, goes on and
+is gone on from."""
 
 import math
 import shutil
@@ -52,7 +53,8 @@ def test_a_row_that_is_not_finite_stays_alone(bundled):
 
     generator = bundled.denoiser.copy()
     nets = Networks(
-        Broken(bundled.denoiser.net, bundled.schedule), dict(generator=SimpleNamespace(net=generator, train=generator)), bundled.text.null())
+        Broken(bundled.denoiser.net, bundled.schedule),
+        dict(generator=SimpleNamespace(net=generator, train=generator)), bundled.text.null())
     method = make_method(Recipe('kd', t_init=600, regression_steps=2))
     batch = Batch(bundled.text(['a flat rose'] * 2))
     losses, _ = method.losses(None, nets, batch, Draw(z, z, torch.full((2,), 600)))

@@ -72,7 +72,8 @@ PICTURES = dict(
     real_images='real', gan_freeze_generator_until=0, gan_start=0, gan_weight_generator=1.0, micro_batch=1)
 CASES = {  # settings, those of several processes
     'fp16, averages': (
-        dict(teacher='unet', mixed_precision='fp16', more_ema_halflives=(8., 30.), ema_rampup=9., eval_reference='real'), dict(fsdp=True)),
+        dict(teacher='unet', mixed_precision='fp16', more_ema_halflives=(8., 30.), ema_rampup=9.,
+             eval_reference='real'), dict(fsdp=True)),
     "a discriminator's head": (dict(teacher='unet', method='dmd2', **PICTURES), dict(fsdp=True)),
     'flow, real pictures': (dict(teacher='flow', **PICTURES), dict(fsdp=True)),
     'LoRA, 8-bit Adam': (dict(teacher='unet', lora='fake', lora_rank=2, use_8bit_adam=True), {})}
@@ -91,7 +92,9 @@ def test_the_same_bytes_whoever_holds_them(disks, case):
     assert len({time for *_, time in found}) == len(found)  # each has written anew
     assert all(f[:2] == found[0][:2] for f in found)
     assert not (b / 'run').exists()
-    if '8-bit' in case: assert any(k.endswith('state2') and v.dtype == torch.uint8 for k, v in load_file(newest(a) / 'state.safetensors').items())
+    if '8-bit' in case:
+        kept = load_file(newest(a) / 'state.safetensors')
+        assert any(k.endswith('state2') and v.dtype == torch.uint8 for k, v in kept.items())
 
 SLICED = dict(teacher='unet', max_train_images=24, lr=1e-3, lr_fake=1e-3, fsdp=True)
 
@@ -110,7 +113,8 @@ def test_a_broken_newest_file_is_passed_over(disks, seen):
     assert said[0].count('SHA-256 differs') == 1 and 'resuming run at 6 images' in said[0] and 'SHA-256' not in said[1]
     assert file.read_bytes() == broken  # left alone
     state = json.loads((good / 'state.json').read_text())
-    assert state['sha256'] == before[0] and (good / 'state.safetensors').stat().st_mtime_ns != before[2]  # back, and saved again
+    assert state['sha256'] == before[0]
+    assert (good / 'state.safetensors').stat().st_mtime_ns != before[2]  # back, and saved again
 
 def test_a_disk_that_is_full_in_the_middle_stops_no_one(disks):
     a, _ = disks
@@ -153,7 +157,8 @@ def forget_peak():
     Path('/proc/self/clear_refs').write_text('5')
     return memory('VmRSS')
 before = forget_peak()
-job, folder = open_run(Config(teacher='big', prompts='p.txt', device='cpu', total_batch_size=2, fsdp=True, **more), processes)
+config = Config(teacher='big', prompts='p.txt', device='cpu', total_batch_size=2, fsdp=True, **more)
+job, folder = open_run(config, processes)
 opened = memory('VmHWM') - before
 tensors = [*split(state_of(job))[1].values()]
 told = dict(whole=sum(t.nbytes for t in tensors), largest=max(t.nbytes for t in tensors))

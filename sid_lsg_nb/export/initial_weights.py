@@ -76,14 +76,15 @@ def read_file(path:Path, teacher:Teacher)->dict[str, Tensor]:
 
 
 def initial_weights(path:Path, teacher:Teacher)->WeightFiles|WeightsInMemory: # path: see `find_start`
-    "The weights that a generator begins with; raises `InputError` unless names and shapes are those of the teacher's network"
+    "What a generator begins with; raises `InputError` unless names and shapes are those of the teacher's network"
     net = teacher.denoiser.net
     for part in ('unet', 'transformer'):
         if (path/part).is_dir() and (files := find_weight_files(path/part, net, path)): return files
     if path.is_file() and is_lora(path): return WeightsInMemory(merge_lora(path, teacher))
     state = open_teacher(path).denoiser.net.state_dict() if path.is_dir() else read_file(path, teacher)
     if wrong := tensor_differences(net.state_dict(), state):
-        raise InputError(f'{path} does not fit teacher {teacher.path!r}: {wrong}; give the teacher that it was made from')
+        raise InputError(
+            f'{path} does not fit teacher {teacher.path!r}: {wrong}; give the teacher that it was made from')
     return WeightsInMemory(state)
 
 # %% ../../nbs/5_export/08_initial_weights.ipynb #addbee46
@@ -93,14 +94,15 @@ def lora_layers_of(path:Path, teacher:Teacher)->dict[str, BaseTunerLayer]: # by 
     if not teacher.denoiser.lora_targets:
         raise InputError(f'the network of teacher {teacher.path!r} cannot carry a LoRA; give a student as --init')
     if other := [n for n in names if n.startswith(('text_encoder', 'lora_te', 'te_'))]:
-        raise InputError(f'{path.name} changes the text encoder, too ({other[0]}); --init is about the generator alone: '
-                         'give a LoRA without that')
+        raise InputError(f'{path.name} changes the text encoder, too ({other[0]}); --init is about the generator '
+                         'alone: give a LoRA without that')
     try: read_adapter(net, path, teacher.pipe)
     except (ValueError, RuntimeError, KeyError, OSError, TypeError) as e:
-        raise InputError(f'{path.name} is no LoRA of teacher {teacher.path!r} ({str(e)[:100]}); give the teacher that it '
-                         'was made for') from e
+        raise InputError(f'{path.name} is no LoRA of teacher {teacher.path!r} ({str(e)[:100]}); give the teacher '
+                         'that it was made for') from e
     found = {n: m for n, m in net.named_modules() if isinstance(m, BaseTunerLayer)}
-    if not found: raise InputError(f'{path.name} changes no layer of teacher {teacher.path!r}; give the one that it was made for')
+    if not found:
+        raise InputError(f'{path.name} changes no layer of teacher {teacher.path!r}; give the one that it was made for')
     return found
 
 
@@ -126,11 +128,11 @@ def merge_lora(path:Path, teacher:Teacher)->dict[str, Tensor]: # by name
     return state
 
 
-def lora_factors(path:Path, teacher:Teacher)->dict[str, tuple[Tensor, Tensor]]: # layer: (A [r, in, ...], B [out, r, ...])
+def lora_factors(path:Path, teacher:Teacher)->dict[str, tuple]: # layer: (A [r, in, ...], B [out, r, ...])
     "The factors of a LoRA, its scale inside B; raises `InputError` for a file that holds something else or more"
     if not (path.is_file() and is_lora(path)):
-        raise InputError(f'{path} is no LoRA, and a generator with --lora can begin as nothing else; make one of the student '
-                         'first: sid-lsg export STUDENT --to lora')
+        raise InputError(f'{path} is no LoRA, and a generator with --lora can begin as nothing else; make one of the '
+                         'student first: sid-lsg export STUDENT --to lora')
     factors = {}
     for name, layer in lora_layers_of(path, teacher).items():
         if layer.use_dora.get('start'):
