@@ -69,7 +69,7 @@ def written(disk):
     return told['sha256'], tree, (newest(disk) / 'state.safetensors').stat().st_mtime_ns
 
 PICTURES = dict(
-    real_images='real', gan_freeze_generator_until=0, gan_start=0, gan_weight_generator=1.0, micro_batch=1)
+    real_images='real', freeze_generator_until=0, gan_start=0, gan_weight_generator=1.0, micro_batch=1)
 CASES = {  # settings, those of several processes
     'fp16, averages': (
         dict(teacher='unet', mixed_precision='fp16', more_ema_halflives=(8., 30.), ema_rampup=9.,
@@ -184,5 +184,5 @@ def test_no_process_ever_holds_the_whole(disks):
         for told in (json.loads(out.splitlines()[-1]) for _, out, _ in said):
             print(config, folders[1] == b, told)
             assert told['whole'] > 1.5*told['slices'] > 5e8 and told['largest'] < .05*told['whole'], told
-            assert told['saving'] < 3*told['largest'] + 2e7 < .2*told['whole'], (config, told)
+            assert told['saving'] < 3*told['largest'] + 6e7 < .2*told['whole'], (config, told)
             assert told['opened'] < 1.3*told['slices'] + 2e8 < 1.2*told['whole'], (config, told)  # libraries, too
