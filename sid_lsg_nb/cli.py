@@ -14,7 +14,7 @@ from .core import InputError, RunError, image_grid, pick_device, to_uint8
 from .commands.options import Bench, CheckData, Compare, Demo, Doctor, Evaluate, Export, Import, Lab
 from .commands.options import Notebooks, Sample, Status, Watch
 from .training.config import GROUPS, Config, check
-from .training.presets import PRESETS, HUB_PRESET, published_scores
+from .training.presets import PRESETS, HUB_IDS, HUB_PRESET, published_scores
 from .training.config import grouped_settings
 from .training.run_folder import config_from_dict
 from .training.config import split_method
@@ -145,11 +145,11 @@ def default_preset(teacher: str) -> str:
     """The row to start from when none is named: by the teacher's family; for an unknown hub id `HUB_PRESET`; raises
     `InputError` for a file or folder that is no teacher"""
     if teacher == 'embedded': return teacher
-    from sid_lsg_nb.teachers.registry import family_of, published_family
+    if not Path(teacher).expanduser().exists():  # to be fetched, or a typing error: known when it is opened
+        return next((preset for preset, ids in HUB_IDS.items() if teacher in ids), HUB_PRESET)
+    from sid_lsg_nb.teachers.registry import family_of
 
-    if Path(teacher).expanduser().exists(): return family_of(teacher).default_preset
-    family = published_family(teacher)  # None: fetched later, or a typing error
-    return family.default_preset if family else HUB_PRESET
+    return family_of(teacher).default_preset
 
 
 def defaults_of(argv: list[str]) -> Config:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
-from sid_lsg_nb.cli import main
+from sid_lsg_nb.cli import default_preset, main
 from sid_lsg_nb.teachers.registry import model_shapes, open_teacher, published_family, published_models
 from sid_lsg_nb.teachers.sdxl import CLIP_G
 from sid_lsg_nb.teachers.stable_diffusion import CLIP_L, SD_VAE
@@ -38,6 +38,9 @@ def test_a_published_size_is_counted_and_its_network_takes_what_is_fed(name):
 
 def test_all_published_sizes_are_in_the_list():
     assert set(MILLIONS) == set(published_models()) and published_family('owner/name') is None
+    for name, family in published_models().items():
+        if family.published[name].hub_id:
+            assert default_preset(family.published[name].hub_id) == family.default_preset
 
 @pytest.mark.parametrize('name, billions', [('sd3-medium', 2.08), ('sd35-medium', 2.47), ('sd35-large', 8.15)])
 def test_stable_diffusion_3_with_its_table_of_positions(name, billions):

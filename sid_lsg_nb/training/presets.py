@@ -9,7 +9,7 @@ from .config import Config
 # %% auto #0
 __all__ = ['SD15', 'SD21', 'SD21_768', 'FLUX', 'SDXL', 'PIXART', 'SD3', 'SANA', 'EDM', 'PIXELS', 'SID_DIT', 'FLUX_512',
            'SIM_WORDS', 'SIM_PIXELS', 'ONE_CARD', 'EIGHT_CARDS', 'TWO_AT_ONCE', 'ALL_FP16', 'PUBLISHED', 'COMMON',
-           'LONG', 'PRESETS', 'PUBLISHED_SCORES', 'HUB_PRESET', 'preset_from_row', 'published_scores']
+           'LONG', 'PRESETS', 'PUBLISHED_SCORES', 'HUB_PRESET', 'HUB_IDS', 'preset_from_row', 'published_scores']
 
 # %% ../../nbs/6_training/05_presets.ipynb #b09e6191
 SD15, SD21 = 'stable-diffusion-v1-5/stable-diffusion-v1-5', 'stabilityai/stable-diffusion-2-1-base'
@@ -103,4 +103,18 @@ def published_scores(name:str)->str: # '' where nothing was published
     known += [f'CLIP {clip:g}'] if clip is not None else []
     return PUBLISHED_SCORES.get(name) or ', '.join(known)
 
-HUB_PRESET = 'sd15-lsg-1.5' # for a teacher that is not here, so that its family is not known, if no preset is named
+# for a teacher that is not here, so that its family is not known, if no preset is named
+HUB_PRESET = 'sd15-lsg-1.5'
+# where the id on the hub tells the family: known by name, before a large library is loaded
+HUB_IDS = {
+    'sdxl-sim': ('stabilityai/stable-diffusion-xl-base-1.0',),
+    'pixart-sim': tuple(
+        f'PixArt-alpha/PixArt-{k}' for k in ('XL-2-512x512', 'XL-2-1024-MS', 'Sigma-XL-2-1024-MS')),
+    'sana-sid-dit': tuple(
+        f'Efficient-Large-Model/{k}_diffusers' for k in (
+            'Sana_600M_512px', 'Sana_600M_1024px', 'Sana_1600M_1024px', 'SANA1.5_1.6B_1024px', 'SANA1.5_4.8B_1024px')),
+    'flux-sid-dit': ('black-forest-labs/FLUX.1-dev', 'black-forest-labs/FLUX.1-schnell'),
+    'sd3-sid-dit': (
+        'stabilityai/stable-diffusion-3-medium-diffusers', 'stabilityai/stable-diffusion-3.5-medium',
+        'stabilityai/stable-diffusion-3.5-large', 'Qwen/Qwen-Image', 'Tongyi-MAI/Z-Image',
+        'black-forest-labs/FLUX.2-klein-base-4B', 'black-forest-labs/FLUX.2-klein-base-9B')}
