@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from .. import __version__
 from ..cli import parse
-from ..core import InputError, RunError, atomic_write
+from ..core import InputError, RunError, atomic_write, pick_device
 from .compare import STYLE, Column, image_rows
 from .options import Lab
 from ..data.prompt_stream import PromptStream
@@ -230,7 +230,7 @@ def calls_and_prompts(trials:list[Trial], n:int)->tuple[dict[str, float], list[s
     return calls, prompts
 
 
-def columns_of(rows:list[LabRow], prompts:list[str], device:str)->list[Column]:
+def columns_of(rows:list[LabRow], prompts:list[str], device)->list[Column]:
     "Pictures of the first whole run of each method"
     found = []
     for i, row in enumerate(r for r in rows if r.whole):
@@ -256,7 +256,7 @@ def lab(args:Lab)->Path: # the page
     if not any(map(is_over, trials)): raise RunError(f'{out}: no run is finished yet; the same command goes on')
     calls, prompts = calls_and_prompts(trials, args.n)
     rows = lab_rows(trials, calls)
-    columns = columns_of(rows, prompts, args.device)
+    columns = columns_of(rows, prompts, pick_device(args.device))
     unfinished = len(trials) - sum(len(r.runs) for r in rows)
     kept = dict(teacher=args.teacher, options=args.options, rows=[asdict(r) for r in rows], prompts=prompts)
     atomic_write(out/'lab.json', json.dumps(kept, indent=1) + '\n')
