@@ -6,11 +6,12 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, Gemma2Config, Gemma2Model, T5Config, T5EncoderModel
 from sid_lsg_nb.cli import default_preset, main
-from sid_lsg_nb.teachers.registry import model_shapes, open_teacher, published_family, published_models
+from sid_lsg_nb.teachers.registry import model_shapes, open_teacher, published_models
 from sid_lsg_nb.teachers.sdxl import CLIP_G
 from sid_lsg_nb.teachers.stable_diffusion import CLIP_L, SD_VAE
 from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_image, tiny_sana, tiny_sd3, tiny_sdxl
 from sid_lsg_nb.testing import tiny_flux2, tiny_z_image
+from sid_lsg_nb.training.presets import HUB_PRESET
 
 MILLIONS = {
     'sd15': 859.5, 'sd21-base': 865.9, 'sdxl': 2567.5, 'pixart-512': 610.9, 'pixart-1024': 611.3,
@@ -30,14 +31,14 @@ def test_a_published_size_is_counted_and_its_network_takes_what_is_fed(name):
     shapes = model_shapes(name)
     d = on_meta(shapes.build)
     assert round(count(d), 1) == MILLIONS[name]
-    assert model_shapes(shapes.hub_id) is shapes and published_family(shapes.hub_id) is published_models()[name]
+    assert model_shapes(shapes.hub_id) is shapes
     said = {k: torch.empty(1, *s, device='meta') for k, s in shapes.cond.items()}
     x = torch.empty(1, *shapes.latent, device='meta')
     if name == 'z-image': return  # its lists have lengths, which the meta device does not know
     assert d.predict(x, torch.ones(1, device='meta'), said).shape[2:] == x.shape[2:]
 
 def test_all_published_sizes_are_in_the_list():
-    assert set(MILLIONS) == set(published_models()) and published_family('owner/name') is None
+    assert set(MILLIONS) == set(published_models()) and default_preset('owner/name') == HUB_PRESET
     for name, family in published_models().items():
         if family.published[name].hub_id:
             assert default_preset(family.published[name].hub_id) == family.default_preset
@@ -108,4 +109,4 @@ def test_a_dry_run_knows_it_without_a_file(teacher, capsys, tmp_path):
     line = f'distill --teacher {teacher} --prompts {tmp_path}/p.txt --out {tmp_path}/out --device cpu --dry-run'
     assert main(line.split()) in (0, None)
     said = capsys.readouterr().out
-    assert 'memory per process' in said and f'preset: "{published_family(teacher).default_preset}"' in said
+    assert 'memory per process' in said and f'preset: "{default_preset(teacher)}"' in said

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'register_family', 'find_family', 'known_single_file_models', 'family_of', 'brings_prompts',
-           'published_models', 'published_family', 'model_shapes', 'is_local', 'open_teacher', 'open_student']
+           'published_models', 'model_shapes', 'is_local', 'open_teacher', 'open_student']
 
 # %% ../../nbs/2_teachers/17_registry.ipynb #dbe9d65e
 from pathlib import Path
@@ -68,10 +68,6 @@ def brings_prompts(path)->bool:
 def published_models()->dict[str, type[Teacher]]: # name -> family
     "All sizes that can be measured without weights"
     return {name: f for f in dict.fromkeys(FAMILIES.values()) for name in f.published}
-
-def published_family(hub_id:str)->type[Teacher]|None: # None: not known before it is fetched
-    "The family of a model, by where it is published"
-    return next((f for f in published_models().values() if any(s.hub_id == hub_id for s in f.published.values())), None)
 
 def model_shapes(teacher:str)->ModelShapes|None: # None: not known, or not before it is fetched
     "What the memory of a run is counted from, by a path, a hub id, or a name of `published_models`"
