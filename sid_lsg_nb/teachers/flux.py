@@ -20,7 +20,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor, nn
 from ..core import Cond, InputError
-from .text_encoder import TextEncoder, padded_ids, token_counter
+from .text_encoder import TextEncoder, chat_token_counter, padded_ids, token_counter
 from .loading import CLIP_TOKENIZERS, PLAIN_VAE, QWEN_TOKENIZERS, T5_TOKENIZERS, Layout, require
 from .base import ModelShapes
 from .student import prefix_text_keys
@@ -202,9 +202,7 @@ class Flux2TextEncoder(TextEncoder):
 
     def token_counters(self)->dict[int, Callable]:
         "Qwen's, for the prompt and what stands before it in a chat"
-        chat = self.pipe.tokenizer.apply_chat_template(
-            [dict(role='user', content='\0')], tokenize=False, add_generation_prompt=True, enable_thinking=False)
-        return {self.length: token_counter(self.pipe.tokenizer, chat.split('\0')[0].__add__)}
+        return {self.length: chat_token_counter(self.pipe.tokenizer, enable_thinking=False)}
 
 # %% ../../nbs/2_teachers/14_flux.ipynb #1148e2b9
 class Flux2Denoiser(FlowDenoiser):

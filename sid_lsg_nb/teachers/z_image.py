@@ -14,7 +14,7 @@ from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from ..core import Cond, InputError
-from .text_encoder import TextEncoder, token_counter
+from .text_encoder import TextEncoder, chat_token_counter
 from .loading import PLAIN_VAE, QWEN_TOKENIZERS, Layout, require
 from .base import ModelShapes
 from .flow import FlowDenoiser, FlowTeacher, check_flow_parts, flow_teacher
@@ -45,9 +45,7 @@ class ZImageTextEncoder(TextEncoder):
 
     def token_counters(self)->dict[int, Callable]:
         "Qwen's, for the prompt and what stands before it in a chat"
-        chat = self.pipe.tokenizer.apply_chat_template(
-            [dict(role='user', content='\0')], tokenize=False, add_generation_prompt=True, enable_thinking=True)
-        return {self.length: token_counter(self.pipe.tokenizer, chat.split('\0')[0].__add__)}
+        return {self.length: chat_token_counter(self.pipe.tokenizer, enable_thinking=True)}
 
 # %% ../../nbs/2_teachers/16_z_image.ipynb #zim00014
 class ZImageDenoiser(FlowDenoiser):
