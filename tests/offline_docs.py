@@ -4,7 +4,7 @@ nbdev's own preprocessing (`proc_nbs`: show_doc, hidden cells, doc links), then 
 From the repository root, with the package installed (`pip install -e .`):
 
   python tests/offline_docs.py             # the site in _docs/; fails on broken links, broken anchors, saved errors
-  python tests/offline_docs.py --readme    # README.md from nbs/index.ipynb
+  python tests/offline_docs.py --readme    # README.md from nbs/index.ipynb; with --out FOLDER the site, too
   python tests/offline_docs.py --sidebar   # nbs/sidebar.yml, after a notebook was added, moved or renamed
   python tests/offline_docs.py --house     # the same and the map: nbs/map.qmd, picture, tables of CONTRIBUTING.md"""
 import argparse, html, json, os, re, shutil, sys
@@ -254,7 +254,9 @@ def main():
     a, cfg = ap.parse_args(), get_config()
     if a.house: house_map.write_map(cfg.config_path)
     elif a.sidebar: house_map.write_sidebar(cfg.config_path)
-    elif a.readme: write_readme(cfg, stage(cfg))
-    else: write_site(cfg, stage(cfg), (a.out or cfg.doc_path).absolute())
+    else:
+        cache = stage(cfg)
+        if a.readme: write_readme(cfg, cache)
+        if a.out or not a.readme: write_site(cfg, cache, (a.out or cfg.doc_path).absolute())
 
 if __name__ == '__main__': main()

@@ -133,16 +133,20 @@ def run_by_nbdev_test(root):
 def test_nbdev_tests_every_notebook(copied):
     assert run_by_nbdev_test(copied) == set(house.all_notebooks(copied))
 
-def test_site_has_no_broken_link(copied):
-    assert 'no broken link' in run('tests/offline_docs.py', cwd=copied)
+@pytest.fixture(scope='module')
+def docs(copied):
+    "README and the site, made anew in the copy; what was said"
+    return run('tests/offline_docs.py', '--readme', '--out', '_docs', cwd=copied)
+
+def test_site_has_no_broken_link(copied, docs):
+    assert 'no broken link' in docs
     made = {p.relative_to(copied/'_docs').as_posix() for p in (copied/'_docs').rglob('*.html')}
     wanted = {offline_docs.page_name(p.relative_to(copied/'nbs')) for p in house.notebooks(copied)}
     assert made - {'map.html'} == wanted
 
 def test_map_is_of_this_house(): assert house_map.stale(ROOT) == []
 
-def test_readme_is_index(copied):
-    run('tests/offline_docs.py', '--readme', cwd=copied)
+def test_readme_is_index(copied, docs):
     assert (copied/'README.md').read_text(encoding='utf-8') == (ROOT/'README.md').read_text(encoding='utf-8')
 
 def test_wheel_holds_what_is_embedded(copied, tmp_path):

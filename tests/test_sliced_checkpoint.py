@@ -85,7 +85,7 @@ def test_the_same_bytes_whoever_holds_them(disks, case):
     more = dict(max_train_images=12, lr=1e-3, lr_fake=1e-3, **more)
     step([a], 6, out='run', **more)
     found = [written(a)]
-    for folders in ((a, a), (a, a, a), (a, b), (a,)):  # (a, b): the second does not see the run
+    for folders in ((a, a, a), (a, b), (a,)):  # (a, b): the second does not see the run
         said = step(folders, 6, resume='run', **more, **(several if len(folders) > 1 else {}))
         assert ('do not see it' in said[0]) == (folders == (a, b))
         found.append(written(a))
@@ -143,6 +143,7 @@ def test_a_checkpoint_of_safetensors_own_writer_loads(tmp_path, monkeypatch):
 
 MEMORY = """
 import gc, json, re, sys
+from dataclasses import replace
 from pathlib import Path
 from torch.distributed.tensor import DTensor
 from sid_lsg_nb.training.checkpoint import split
@@ -156,9 +157,10 @@ def forget_peak():
     gc.collect()
     Path('/proc/self/clear_refs').write_text('5')
     return memory('VmRSS')
+config = Config(teacher='flow', prompts='p.txt', device='cpu', total_batch_size=2, fsdp=True)
+open_run(replace(config, out=sys.argv[2]), processes)  # what libraries take at their first use is not counted
 before = forget_peak()
-config = Config(teacher='big', prompts='p.txt', device='cpu', total_batch_size=2, fsdp=True, **more)
-job, folder = open_run(config, processes)
+job, folder = open_run(replace(config, teacher='big', **more), processes)
 opened = memory('VmHWM') - before
 tensors = [*split(state_of(job))[1].values()]
 told = dict(whole=sum(t.nbytes for t in tensors), largest=max(t.nbytes for t in tensors))
@@ -178,11 +180,12 @@ def test_no_process_ever_holds_the_whole(disks):
     more = dict(num_layers=4, attention_head_dim=64, num_attention_heads=8, caption_projection_dim=512)
     SD3Transformer2DModel.from_config(config, **more).save_pretrained(a / 'big/transformer')
     shutil.copytree(a / 'big', b / 'big')
-    for folders, config in (((a, a), dict(out='run')), ((a, a), dict(resume='run')), ((a, b), dict(resume='run'))):
-        said = finish(start_ranks(['-c', MEMORY, json.dumps(config)], folders), 300)
+    cases = ((a, a), dict(out='run')), ((a, a), dict(resume='run')), ((a, b), dict(resume='run'))
+    for k, (folders, config) in enumerate(cases):
+        said = finish(start_ranks(['-c', MEMORY, json.dumps(config), f'warm-{k}'], folders), 300)
         assert [status for status, *_ in said] == [0, 0], said[0][2][-2000:] + said[1][2][-2000:]
         for told in (json.loads(out.splitlines()[-1]) for _, out, _ in said):
             print(config, folders[1] == b, told)
             assert told['whole'] > 1.5*told['slices'] > 5e8 and told['largest'] < .05*told['whole'], told
             assert told['saving'] < 3*told['largest'] + 6e7 < .2*told['whole'], (config, told)
-            assert told['opened'] < 1.3*told['slices'] + 2e8 < 1.2*told['whole'], (config, told)  # libraries, too
+            assert told['opened'] < 1.5*told['slices'] < .95*told['whole'], (config, told)

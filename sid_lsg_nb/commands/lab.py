@@ -24,7 +24,7 @@ from ..teachers.base import Denoiser
 from ..teachers.registry import open_student
 from ..training.config import Config, check
 from ..training.job import TrainingJob, iterate, setup
-from ..training.run_folder import closing_done, has_started, log_rows, saved_config
+from ..training.run_folder import LATEST, closing_done, log_rows, saved_config
 from ..training.trainer import Diverged, train
 
 # %% ../../nbs/7_commands/15_lab.ipynb #lab06
@@ -74,8 +74,7 @@ def run_trial(t:Trial, say:Callable=print):
     if is_over(t): return
     folder = Path(t.config.out)
     say(f'== {t.name}, seed {t.seed}')
-    config = replace(t.config, out='', resume=str(folder)) if has_started(folder) else t.config
-    try: train(config)
+    try: train(replace(t.config, resume=LATEST)) # goes on if there is something, begins if there is nothing
     except Diverged as e: atomic_write(folder/BROKEN, f'{e}\n')
     except InputError as e:
         if 'another process' not in str(e): raise
