@@ -3,6 +3,7 @@
 import importlib.util, json, subprocess, sys
 from pathlib import Path
 import pytest
+from forks import Forked, clean_env, finish
 
 HERE = Path(__file__).resolve().parent.parent / 'benchmarks'
 
@@ -11,32 +12,21 @@ def script(name):
     spec.loader.exec_module(m := importlib.util.module_from_spec(spec))
     return m
 
+SMALL = '--device cpu --tiny --pieces 7 --out day --folder data'.split()
+FORKED = 'right', 'fast', 'many', 'whole', 'real'  # the day itself starts a process for each part
+
 def test_every_part_runs(tmp_path):
-    words = [
-        '--device',
-        'cpu',
-        '--tiny',
-        '--minutes',
-        '14',
-        '--pieces',
-        '7',
-        '--out',
-        tmp_path / 'day',
-        '--folder',
-        tmp_path / 'data',
-    ]
-    done = subprocess.run(
-        [sys.executable, HERE / 'gpu_day.py', *words],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    words = [sys.executable, HERE / 'gpu_day.py', *SMALL, '--minutes', '14', '--only', 'where', 'small']
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, (done.stdout[-4000:], done.stderr[-2000:])
+    for part in FORKED:
+        script_and_words = [str(HERE / 'gpu_day.py'), part, *SMALL, '--seconds', '600']
+        code = f'import runpy, sys; sys.argv = {script_and_words}; runpy.run_path(sys.argv[0], run_name="__main__")'
+        env = clean_env(PYTHONPATH=str(HERE.parent))
+        for status, out, err in finish([Forked(['-c', code], tmp_path, env)], 900):
+            assert status == 0, (out[-4000:], err[-2000:])
     found = {f.stem: json.loads(f.read_text()) for f in (tmp_path / 'day').glob('*.json')}
-    assert {k: v['status'] for k, v in found.items()} == dict.fromkeys(script('gpu_day').PARTS, 'done'), (
-        done.stdout[-4000:],
-        done.stderr[-2000:],
-    )
+    assert {k: v['status'] for k, v in found.items()} == dict.fromkeys(script('gpu_day').PARTS, 'done'), found
     assert (
         found['right']['resumed_bit_equal']
         and found['right']['losses_ok']
@@ -47,7 +37,6 @@ def test_every_part_runs(tmp_path):
     assert {r['who'] for r in found['real']['rows']} == {'test', 'teacher', 'sid', 'sim'} and found['whole'][
         'images'
     ] == 16
-    assert done.returncode == 0
 
 def test_a_rehearsal_stays_out_of_the_tables(tmp_path):
     (tmp_path / 'where.json').write_text(json.dumps(dict(part='where', status='done', rehearsal=True)))
