@@ -1,6 +1,9 @@
-"""Memory of two processes in slices: what each holds after the set-up, and at the worst moment on the way there.
+"""Memory of two processes in slices: what each holds after the set-up, at the worst moment on the way there, and in an
+iteration, beside what the dry run counts.
 
-    torchrun --nproc-per-node 2 benchmarks/sharded_memory.py --millions 100 400
+    MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc-per-node 2 benchmarks/sharded_memory.py --millions 100 400
+
+(That setting makes the C library give back at once what is freed; else what it keeps for later is counted, too.)
 
 Random SD3 transformers; gloo, CPU, fp32. `in files`: each process reads its slices out of the files, as `--fsdp` does.
 `whole` (`--whole`): the teacher is opened whole and given to `setup`, for comparison. Linux only (it reads /proc).
@@ -12,11 +15,14 @@ from pathlib import Path
 import torch
 from diffusers import SD3Transformer2DModel
 from torch.distributed.tensor import DTensor
-from sid_lsg_nb.teachers.registry import open_teacher
+from sid_lsg_nb.teachers.registry import model_shapes, open_teacher
 from sid_lsg_nb.testing import quiet_libraries, tiny_sd3
-from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.training.checkpoint import checkpoints
+from sid_lsg_nb.training.config import Config, resolve
 from sid_lsg_nb.training.distributed import Distributed
-from sid_lsg_nb.training.job import setup
+from sid_lsg_nb.training.job import iterate, setup
+from sid_lsg_nb.training.memory import MemorySettings, checkpoint_bytes, memory_budget
+from sid_lsg_nb.training.resume import save
 
 HERE = Path(__file__).parent
 MIB = 2**20
@@ -50,7 +56,7 @@ def measure(folder: Path, processes: Distributed, whole: bool) -> dict:  # MiB
     "One set-up"
     (folder/'p.txt').write_text('a red cat\na blue dog\n')
     config = Config(
-        teacher=str(folder), prompts=str(folder/'p.txt'), device='cpu', total_batch_size=2, max_train_images=2, fsdp=True)
+        teacher=str(folder), prompts=str(folder/'p.txt'), device='cpu', total_batch_size=4, micro_batch=1, max_train_images=8, fsdp=True)
     forget_peak()
     before = memory('VmRSS')
     job = setup(config, processes, open_teacher(folder) if whole else None)
@@ -62,24 +68,42 @@ def measure(folder: Path, processes: Distributed, whole: bool) -> dict:  # MiB
     block = sum(p.numel() for p in net.transformer_blocks[0].parameters())*4
     count = sum(p.numel() for p in net.parameters())
     held = dict(slices=slices, held=now - before, peak=peak - before, block=block)
-    return dict(weights=round(count/1e6), **{k: round(v/MIB) for k, v in held.items()}, ratio=round((peak - before)/slices, 2))
+    del net, nets, moments
+    told = dict(weights=round(count/1e6), **{k: round(v/MIB) for k, v in held.items()}, ratio=round((peak - before)/slices, 2))
+    return told | trained(job, config, processes, before)
+
+
+def trained(job, config: Config, processes: Distributed, before: int) -> dict:  # MiB
+    "The worst moment of two iterations, and a checkpoint, beside what is counted from shapes"
+    shapes, folder = model_shapes(config.teacher), Path(config.teacher)
+    settings = MemorySettings.of(resolve(config, processes.world), guided=True, world=processes.world)
+    forget_peak()
+    for _ in zip(range(2), iterate(job)): pass
+    peak = memory('VmHWM') - before
+    save(job, folder/'run')
+    counted = dict(counted=sum(memory_budget(shapes, settings).values()), counted_file=checkpoint_bytes(shapes, settings))
+    file = sum(f.stat().st_size for f in checkpoints(folder/'run/checkpoints')[0].iterdir())
+    return {k: round(v/MIB) for k, v in (counted | dict(trained=peak, file=file)).items()}
 
 
 HEAD = """## Memory of two processes in slices
 
-Made by `torchrun --nproc-per-node 2 benchmarks/sharded_memory.py` and `torchrun --nproc-per-node 2 benchmarks/sharded_memory.py --whole`;
-its first lines say what is compared.
+Made by `MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc-per-node 2 benchmarks/sharded_memory.py`, and the same with `--whole`; its first lines say what is compared.
 MiB per process, without what the libraries take. "Slices": this process's weights of the teacher, generator, fake and average, and Adam's
 numbers (none before the first step). "Peak / slices" is the worst moment of the set-up; pages of files that were read may be counted.
+"Two iterations" is the worst moment of training, and "dry run" what `--dry-run` counts for it; then a checkpoint's files and their count.
 
-| teacher, million weights | network opened | process | slices | held after set-up | peak | peak / slices | one block | torch, date |
-|---|---|---|---|---|---|---|---|---|"""
+| teacher, million weights | network opened | process | slices | held after set-up | peak | peak / slices | one block | two iterations | dry run | measured / counted | checkpoint | dry run | torch, date |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def line(r: dict) -> str:
     "A row of the table"
     place = f'{r["weights"]} | {r["way"]} | {r["rank"]} | {r["slices"]:,}'
-    return f'| {place} | {r["held"]:,} | {r["peak"]:,} | **{r["ratio"]:.2f}** | {r["block"]} | {r["torch"]}, {r["date"]} |'
+    ratio = f'**{r["trained"]/r["counted"]:.2f}**' if 'trained' in r else ''
+    trained, counted, file, counted_file = (f'{r[k]:,}' if k in r else '' for k in ('trained', 'counted', 'file', 'counted_file'))
+    training = f'{trained} | {counted} | {ratio} | {file} | {counted_file}'
+    return f'| {place} | {r["held"]:,} | {r["peak"]:,} | **{r["ratio"]:.2f}** | {r["block"]} | {training} | {r["torch"]}, {r["date"]} |'
 
 
 def write(new: list[dict], here: Path = HERE):

@@ -4,9 +4,7 @@
 
 Nothing is measured: each row is what `sid-lsg distill --dry-run` says, counted from shapes on this machine, and no
 GPU is asked. One picture at a time in bf16 with gradient checkpointing and sequential gradients, at the size of the family's preset,
-the VAE on the CPU; the rest as the preset has it. Where the dry run's numbers are those before sharding, what
-`--fsdp` slices (networks, moments, gradient) is divided by the number of processes here; text encoders and activations
-are not. Rows go to nbs/images/sizes.json, in the place of older ones; the chapter on the dry run shows them."""
+the VAE on the CPU; the rest as the preset has it. Rows go to nbs/images/sizes.json, in the place of older ones; the chapter on the dry run shows them."""
 
 import argparse, contextlib, io, json, re
 from dataclasses import replace
@@ -24,16 +22,13 @@ LEAN = dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1, 
 PLANS = {  # column: GiB of a card as PyTorch sees it, how many cards, settings
     '1 x 24 GB, LoRA': (23.6, 1, LEAN | dict(lora='both')),
     '8 x 80 GB, all weights': (79.1, 8, LEAN | dict(fsdp=True))}
-WHOLE = 'text encoder', 'VAE', 'activations'  # in every process
 
 
-def parts_of(said: str, cards: int) -> dict[str, float]:  # GiB by component, of one process
+def parts_of(said: str) -> dict[str, float]:  # GiB by component, of one process
     "The components that a dry run lists"
-    title, *lines = said[said.index('memory per process'):].splitlines()
+    lines = said[said.index('memory per process'):].splitlines()
     found = dict(m.groups() for line in lines if (m := re.fullmatch(r'  (\S.*?) +([\d.]+) GiB', line)))
-    found = {k: float(v) for k, v in found.items() if k != 'sum'}
-    if 'before sharding' not in title: return found
-    return {k: v if k in WHOLE else v/cards for k, v in found.items()}
+    return {k: float(v) for k, v in found.items() if k != 'sum'}
 
 
 def plan(name: str, column: str) -> dict:
@@ -42,7 +37,7 @@ def plan(name: str, column: str) -> dict:
     preset = PRESETS[published_models()[name].default_preset]
     config = replace(preset, teacher=model_shapes(name).hub_id, device='cpu', **settings)
     with contextlib.redirect_stdout(io.StringIO()) as out: dry_run(config, cards)
-    parts = {k: round(v, 2) for k, v in parts_of(out.getvalue(), cards).items() if v}
+    parts = {k: round(v, 2) for k, v in parts_of(out.getvalue()).items() if v}
     total = round(sum(parts.values()), 1)
     return dict(sum=total, left=round(card - total, 1), parts=parts)
 

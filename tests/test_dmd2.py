@@ -2,12 +2,13 @@
 generator, and a discriminator with weights of its own. Its gradient in closed form, both sides of its adversary by
 hand, and the real trainer."""
 
-import json, os, subprocess, sys
+import json
 from dataclasses import replace
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from forks import Forked, finish, start_ranks
 from torch import nn
 from torch.nn.functional import logsigmoid
 from sid_lsg_nb.core import max_abs, rng
@@ -231,13 +232,11 @@ def test_two_processes_are_one(place):
     options = '''--method dmd2 --real-images real --fake-updates 2 --freeze-generator-until 0
         --gan-start 8 --device cpu --total-batch-size 8 --micro-batch 2 --max-train-images 16 --sample-every 0
         --n-eval 0 --log-every 8'''
-    many = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '-m', 'sid_lsg_nb.cli', 'distill']
+    words = ['-m', 'sid_lsg_nb.cli', 'distill', *options.split(), '--out']
     logs = {}
-    for out, launch in (('two', many), ('one', [sys.executable, '-m', 'sid_lsg_nb.cli', 'distill'])):
-        done = subprocess.run(
-            [*launch, *options.split(), '--out', out], cwd=place, capture_output=True, text=True,
-            env=os.environ | dict(OMP_NUM_THREADS='1'))
-        assert done.returncode == 0, done.stderr
+    for out, n in (('two', 2), ('one', 1)):
+        started = start_ranks([*words, out], [place]*n) if n > 1 else [Forked([*words, out], place)]
+        for status, _, err in finish(started): assert status == 0, err
         logs[out] = [json.loads(line) for line in (place / out / 'log.jsonl').read_text().splitlines()]
     for a, b in zip(logs['two'], logs['one'], strict=True):
         a, b = ({k: v for k, v in row.items() if k != 'img_per_s'} for row in (a, b))

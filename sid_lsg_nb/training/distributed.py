@@ -6,8 +6,8 @@
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SPLIT_ERRORS', 'SCALE',
            'precision_of', 'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of',
            'init_processes', 'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'Distributed',
-           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'own_rows', 'read_slices', 'shard_fsdp',
-           'gather_full', 'gather_in_turn', 'SentTensor', 'read_like', 'make_learner']
+           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'own_rows', 'read_slices', 'fsdp_blocks',
+           'shard_fsdp', 'gather_full', 'gather_in_turn', 'SentTensor', 'read_like', 'make_learner']
 
 # %% ../../nbs/6_training/02_distributed.ipynb #3258027c
 import os, socket, sys, threading
@@ -440,8 +440,14 @@ def read_slices(net: nn.Module, device):
         p.to_local().copy_(files.read(name, *own_rows(p)))
 
 
-def shard_fsdp(processes: Distributed, net: nn.Module) -> dict:  # sync: for a `Learner`
-    "Cut a network's weights into one slice per process, in place; one process can do it too"
+def fsdp_blocks(net: nn.Module) -> list[nn.Module]:
+    "The parts of a network whose weights are put together at a time: members of its lists of blocks"
+    return [block for child in inner(net).children() if isinstance(child, nn.ModuleList) for block in child]
+
+
+def shard_fsdp(processes: Distributed, net: nn.Module):
+    """Cut a network's weights into one slice per process, in place; one process can do it too. The gradient is cut
+    after every backward pass: it is never whole, however many of them an iteration has"""
     if not dist.is_initialized() and 'TORCHELASTIC_RUN_ID' in os.environ:
         dist.init_process_group(
             store=dist.HashStore(), rank=0, world_size=1
@@ -450,17 +456,9 @@ def shard_fsdp(processes: Distributed, net: nn.Module) -> dict:  # sync: for a `
         raise InputError(f'--fsdp needs processes; start with {TORCHRUN}')
     mesh = init_device_mesh(processes.device.type, (processes.world,))
     whole_net = inner(net)
-    blocks = [block for child in whole_net.children() if isinstance(child, nn.ModuleList) for block in child]
-    for module in (*blocks, whole_net):
+    for module in (*fsdp_blocks(whole_net), whole_net):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # at rest everything is slices
     if hasattr(whole_net, 'weight_files'): read_slices(whole_net, processes.device)
-
-    @contextmanager
-    def sync(last):
-        whole_net.set_requires_gradient_sync(last)
-        yield
-
-    return dict(sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #a90b5aff
 def gather_full(tree, keep: bool = True):  # False: this process helps, and has None where a sliced tensor was
@@ -522,7 +520,8 @@ def make_learner(
         net.requires_grad_(True)  # a LoRA that was switched off; what `copy` froze stays frozen
     if next(net.parameters()).dtype != torch.float64:
         net.to(p.weights)  # double precision stays, for comparisons
-    together = (shard_fsdp if shard else wrap_ddp)(processes, net)
+    together = {} if shard else wrap_ddp(processes, net)
+    if shard: shard_fsdp(processes, net)
     optimizer = make_adam(
         [q for q in net.parameters() if q.requires_grad], lr=lr, eps=eps or p.eps, use_8bit_adam=use_8bit_adam
     )

@@ -10,7 +10,7 @@ from ..method.guidance import Kappa
 from .config import METHODS_OF_MORE, Config, guidance_scales, resolve, split_method
 
 # %% auto #0
-__all__ = ['TIMED', 'estimate_time', 'benchmark_name', 'print_memory', 'files_of', 'dry_run']
+__all__ = ['TIMED', 'estimate_time', 'benchmark_name', 'print_memory', 'print_host_and_disk', 'files_of', 'dry_run']
 
 # %% ../../nbs/6_training/07_dry_run.ipynb #7656064c
 TIMED = (
@@ -65,8 +65,8 @@ def benchmark_name(teacher: str) -> str:
     return sizes.get(teacher, teacher)
 
 
-def print_memory(config: Config):
-    "The memory of one process, counted from the shapes of a known teacher"
+def print_memory(config: Config, world: int = 1):
+    "What one process holds, and a checkpoint, counted from the shapes of a known teacher"
     from sid_lsg_nb.teachers.registry import model_shapes
     from sid_lsg_nb.training.memory import MemorySettings, memory_budget, print_memory_budget
 
@@ -76,10 +76,23 @@ def print_memory(config: Config):
         return
     if c.height is not None:
         shapes = shapes.at_size(c.height, c.width)
-    settings = MemorySettings.of(c, guided=guidance_scales(c) != Kappa())
-    parts = memory_budget(shapes, settings)
-    before = ' (before sharding)' if c.fsdp else ''
-    print_memory_budget(f'memory per process, counted from shapes; workspaces come on top{before}:', parts)
+    settings = MemorySettings.of(c, guided=guidance_scales(c) != Kappa(), world=world)
+    slices = f', networks in slices of {world} processes' if c.fsdp else ''
+    title = f'memory per process{slices}, counted from shapes; workspaces come on top:'
+    print_memory_budget(title, memory_budget(shapes, settings))
+    print_host_and_disk(c, shapes, settings)
+
+
+def print_host_and_disk(config: Config, shapes, settings):  # a `ModelShapes`, a `MemorySettings`
+    "What a process takes of the machine's own memory beside a GPU, and what checkpoints take"
+    from sid_lsg_nb.training.memory import checkpoint_bytes, host_budget
+
+    gib, most = lambda size: f'{size/2**30:.3g} GiB', config.checkpoints_total_limit
+    if config.device != 'cpu':
+        host = ', '.join(f'{k} {gib(v)}' for k, v in host_budget(shapes, settings).items())
+        print(f"of the machine's own memory, per process: {host}")
+    size = checkpoint_bytes(shapes, settings)
+    print(f'disk: {gib(size)} for a checkpoint; {gib((most + 1)*size)} for the last {most} and one that is being written')
 
 
 def files_of(config: Config) -> str:
@@ -109,7 +122,7 @@ def dry_run(config: Config, world: int = 1):
         f'for the fake{f", {c.fake_updates} times," * (c.fake_updates > 1)} and again for the generator; '
         f'{iterations:,} iterations'
     )
-    print_memory(c)
+    print_memory(c, world)
     if world == 1 and c.device != 'cpu' and torch.cuda.is_available():
         rows = json.loads((EMBEDDED / 'speeds.json').read_text())
         if told := estimate_time(c, torch.cuda.get_device_name(), rows):
