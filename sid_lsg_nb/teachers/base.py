@@ -93,6 +93,7 @@ class ModelShapes:
     hub_id:str = '' # where it is published
     shrink:int = 8 # pixels of a latent's side
     packed:int = 1 # latents of the VAE in a side of one
+    text_width:int = 4 # bytes of a number of the text encoders on a GPU
 
     def at_size(self, height:int, width:int)->'ModelShapes': # pixels
         "The same for pictures of another size"

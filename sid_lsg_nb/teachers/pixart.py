@@ -163,7 +163,8 @@ def pixart_shapes(
     micro = config.get('use_additional_conditions')
     if side == 128 if micro is None else micro: said |= dict(resolution=(2,), aspect_ratio=(1,))
     latent = config.get('in_channels', 4), side, side
-    return ModelShapes(PixArtDenoiser, PixArtTransformer2DModel, config, latent, said, text, vae, hub_id)
+    shapes = PixArtDenoiser, PixArtTransformer2DModel, config, latent, said, text, vae, hub_id
+    return ModelShapes(*shapes, text_width=2)
 
 def _pixart_shapes(name:str, length:int=120, **more)->ModelShapes: # more: of the config
     "T5-XXL's encoder before it, Stable Diffusion's VAE or SDXL's behind it"

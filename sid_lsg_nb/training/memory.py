@@ -168,7 +168,7 @@ def weights_budget(
     thin = count_lora_weights(denoiser, s.lora_rank) if s.lora != 'none' else 0
     learning = {k: thin if s.lora in (k, 'both') else n for k in ('fake', 'generator')}
     out = {
-        'teacher': n*width(p.teacher), 'text encoder': int(shapes.text*4e6),
+        'teacher': n*width(p.teacher), 'text encoder': int(shapes.text*1e6)*shapes.text_width,
         'VAE': 0 if 'vae' in s.offload else int(shapes.vae*4e6)}
     for k, m in learning.items():
         out[k] = m*width(p.weights)
@@ -215,7 +215,7 @@ def host_budget(
     network = max(weights) if s.fsdp else sum(weights)
     averages = weights_budget(shapes, replace(s, offload=()))['EMA'] if 'ema' in s.offload else 0
     return {
-        'while the teacher is read': int(4*network + (shapes.text + shapes.vae)*4e6),
+        'while the teacher is read': 4*network + int(shapes.text*1e6)*shapes.text_width + int(shapes.vae*4e6),
         'then': averages + ('vae' in s.offload)*int(shapes.vae*4e6)}
 
 # %% ../../nbs/6_training/03_memory.ipynb #04fb922f
