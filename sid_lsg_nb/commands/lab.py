@@ -159,7 +159,7 @@ class LabRow:
         v = torch.tensor([getattr(r, key) for r in self.whole if getattr(r, key) is not None], dtype=torch.float64)
         return v.mean().item() if len(v) else None, v.std().item() if len(v) > 1 else None
 
-    def minus(self, other:'LabRow')->tuple[float, float, bool]|None: # difference, standard error, beyond Student's bound
+    def minus(self, other:'LabRow')->tuple[float, float, bool]|None: # difference, its error, beyond Student's bound
         "Seed by seed; None where fewer than two seeds of both are whole"
         theirs = {r.seed: r.distance for r in other.whole if r.distance is not None}
         d = [r.distance - theirs[r.seed] for r in self.whole if r.distance is not None and r.seed in theirs]
@@ -171,10 +171,10 @@ class LabRow:
 # %% ../../nbs/7_commands/15_lab.ipynb #lab21
 HEADS = ('method', 'distance', '± seeds', 'minus the first', 'read back', 'diversity / teacher', 'rows a picture',
          's per 1,000', 'broken')
-ABOUT = ('Distance of the student to real pictures, above what real pictures leave at the same number where that is known; '
-         'lower is better. "± seeds": standard deviation over seeds. "Minus the first": paired by seed, with its standard '
-         'error; a star where it is beyond Student\'s 95 % bound. "Rows a picture": rows forward through the networks for '
-         'each picture of training. Seconds are those of this machine.')
+ABOUT = ('Distance of the student to real pictures, above what real pictures leave at the same number where that is '
+         'known; lower is better. "± seeds": standard deviation over seeds. "Minus the first": paired by seed, with its '
+         'standard error; a star where it is beyond Student\'s 95 % bound. "Rows a picture": rows forward through the '
+         'networks for each picture of training. Seconds are those of this machine.')
 LAB_PAGE = """<!doctype html>
 <!-- a page of sid-lsg lab -->
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">

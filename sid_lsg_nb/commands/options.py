@@ -136,7 +136,7 @@ class Demo:
     teacher: str = ''
     teacher_steps: int | None = None # at the beginning; default: as in the sheets of the first run, else 25
     teacher_kappa: float | None = None # at the beginning; default: as in the sheets of the first run, else 3
-    # what the teacher's guidance leads away from at the beginning; default: as in the first run; students have it inside
+    # what the teacher's guidance leads away from at first; default: as in the first run; students have it inside
     negative_prompt: str | None = None
     n: int = 4                   # pictures of each at the beginning, 1 to 8; large models on a CPU want 1
     precision: Literal['fp32', 'bf16', 'fp16'] = 'fp32' # of all networks

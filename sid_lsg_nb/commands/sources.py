@@ -100,14 +100,14 @@ def open_rival(folder:str, options:dict)->ImageSource:
     "A pipeline to be drawn as it wants to be; raises `InputError` for a folder that is none, or a student of ours"
     path = Path(folder).expanduser()
     if not (path/'model_index.json').is_file():
-        raise InputError(f'{folder!r} is no folder of a diffusers pipeline; only such a one is drawn with an @ behind it')
+        raise InputError(f'{folder!r} is no folder of a diffusers pipeline; only such a one is drawn with an @ behind')
     if (family := find_family(path)) and family.is_student(path):
         raise InputError(f'{folder!r} is a student, and drawn as one; leave the @ away')
     return ImageSource('pipeline', str(path), path.resolve().name, path, options=options)
 
 
 def open_source(
-    # "embedded", "shipped", a run folder, a pipeline (FOLDER@: drawn as its own pipeline does), an EDM network, a folder
+    # "embedded", "shipped", a run folder, a pipeline (FOLDER@: drawn as its pipeline does), an EDM network, a folder
     # of images, or a hub id
     what:str,
 )->ImageSource:

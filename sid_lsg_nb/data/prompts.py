@@ -179,7 +179,7 @@ def _uneven(path, n, row, head, mark)->str:
     return (f'{_name(path)}, line {n} has {len(row)} fields between {DELIMITERS[mark]} '
             f'and the first line {len(head)}; {cure}')
 
-_LONGEST_CAPTION = 65_536                                                  # bytes; a longer .txt in an archive is a list
+_LONGEST_CAPTION = 65_536  # bytes; a longer .txt in an archive is a list
 
 def _list_rows(name:str, f)->Iterator[tuple[str, dict]]: # f: a .txt, open as bytes
     "A list of prompts inside an archive, line by line"

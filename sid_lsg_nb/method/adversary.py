@@ -181,6 +181,7 @@ class HeadDiscriminator(Discriminator):
         return dict(discriminator=Head(shape[0] if len(shape) == 3 else shape[-1]))
 
     def logits(self, nets: Networks, out, B: int, train: bool = False) -> Tensor:  # [B, places]
+        "The head's opinion of the last B rows of the layer's output, in float32 or finer"
         out = out[0] if isinstance(out, tuple) else out
         head = nets['discriminator']
         logits = (head.train if train else head.net)(out[-B:])

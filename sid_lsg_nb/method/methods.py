@@ -145,7 +145,7 @@ def dmd2(recipe:Recipe)->Method:
 
 
 def f_distill(recipe:Recipe)->Method:
-    "f-distill (2502.15681): DMD2, each sample weighted by h of the density ratio that its head tells; raises `InputError`"
+    "f-distill (2502.15681): DMD2, samples weighted by h of the density ratio that its head tells; raises `InputError`"
     method = score_distillation(replace(recipe, adversary=None), DiffInstruct())
     return add_head(method, _adversary(recipe), DensityRatioWeight(recipe.divergence, recipe.loss_weight))
 
@@ -173,7 +173,8 @@ def kd(recipe:Recipe)->Method:
         OneStep(r.t_init), r.kappa, r.regression_steps, r.loss_weight, guidance_t_max=r.guidance_t_max)
 
 
-METHODS = dict(dmd2=dmd2, f_distill=f_distill, decoupled_dmd=decoupled_dmd, kd=kd) # name: recipe -> method; see `LOSSES`, too
+# name: recipe -> method; see `LOSSES`, too
+METHODS = dict(dmd2=dmd2, f_distill=f_distill, decoupled_dmd=decoupled_dmd, kd=kd)
 _BUILT_IN = {*LOSSES, *METHODS} # names that stay as they are
 
 
@@ -257,7 +258,8 @@ class _Line(nn.Module):
     "The generator mu + std z"
     def __init__(self, schedule:_Levels, mu:float, std:float):
         super().__init__()
-        self.schedule, self.mu, self.std = schedule, *(nn.Parameter(torch.tensor(v, dtype=torch.float64)) for v in (mu, std))
+        learned = lambda v: nn.Parameter(torch.tensor(v, dtype=torch.float64))
+        self.schedule, self.mu, self.std = schedule, learned(mu), learned(std)
 
     def forward(self, z:Tensor, _t, _cond)->Tensor: return self.mu + self.std*z
 

@@ -50,7 +50,7 @@ def _header(tensors: dict) -> bytes:
 def write_tensors(
     file,
     tensors: dict,  # by name
-    wholes: Iterator | None = None,  # the same ones `in_file_order`, each put together when asked for; None: as they are
+    wholes: Iterator | None = None,  # the same `in_file_order`, each put together when asked for; None: as they are
 ) -> str:  # SHA-256 of the file
     "Write a safetensors file, tensor by tensor"
     wholes = wholes or (tensors[name] for name in in_file_order(tensors))

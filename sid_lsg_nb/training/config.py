@@ -68,8 +68,8 @@ class Config:
     # pipeline has for that)
     negative_prompt: str = ''
     # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
-    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; kd (the teacher's own path, no fake); or FILE.py:NAME, a loss or a method
-    # of your own. Naming a file runs it
+    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; kd (the teacher's own path, no fake); or
+    # FILE.py:NAME, a loss or a method of your own. Naming a file runs it
     method: str = 'sid'
     # SHA-256 of the file of your own method, filled in when a run begins: the run goes on with no other
     method_sha256: str = ''

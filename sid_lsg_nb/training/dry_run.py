@@ -92,7 +92,8 @@ def print_host_and_disk(config: Config, shapes, settings):  # a `ModelShapes`, a
         host = ', '.join(f'{k} {gib(v)}' for k, v in host_budget(shapes, settings).items())
         print(f"of the machine's own memory, per process: {host}")
     size = checkpoint_bytes(shapes, settings)
-    print(f'disk: {gib(size)} for a checkpoint; {gib((most + 1)*size)} for the last {most} and one that is being written')
+    kept = f'{gib((most + 1)*size)} for the last {most} and one that is being written'
+    print(f'disk: {gib(size)} for a checkpoint; {kept}')
 
 
 def files_of(config: Config) -> str:

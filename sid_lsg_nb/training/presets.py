@@ -84,8 +84,8 @@ def preset_from_row(name:str)->Config:
     own = dict(preset=name, teacher=teacher, guidance=guidance, kappa=kappa, max_train_images=kimg*1000)
     return Config(**COMMON | own | more)
 
-# the bundled teacher, in almost seven times as many images: the one step starts at a smaller time, guidance acts only where
-# a picture is decided already, and the best of three averages is exported
+# the bundled teacher, in almost seven times as many images: the one step starts at a smaller time, guidance acts only
+# where a picture is decided already, and the best of three averages is exported
 LONG = Config(preset='embedded-long', kappa=1.6, guidance_t_max=200, t_init=450, max_train_images=60_000,
               ema_halflife=4_000, more_ema_halflives=(1_000., 10_000.),
               log_every=800, sample_every=10_000, checkpoint_every=10_000)

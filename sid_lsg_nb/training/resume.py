@@ -51,6 +51,7 @@ def save(job: TrainingJob, folder: Path):
     wholes = gather_in_turn(split(state)[1], job.processes.is_main)
 
     def write():
+        "The first process's file; the others put tensors together as long as it lasts"
         try:
             if job.processes.is_main: save_checkpoint(folder / 'checkpoints', job.nimg, state, most, wholes)
         finally:
