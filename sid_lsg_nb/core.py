@@ -25,9 +25,9 @@ from . import __version__
 # %% auto #0
 __all__ = ['Cond', 'UNREADABLE', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError',
            'pick_device', 'rng', 'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device',
-           'cond_to', 'RunError', 'remove_path', 'clean_up', 'fsync_paths', 'replace_folder', 'atomic_folder',
-           'atomic_file', 'atomic_write', 'read_jsonl', 'read_json', 'read_json_or', 'library_versions', 'to_uint8',
-           'image_grid']
+           'cond_to', 'hash_tensor', 'RunError', 'remove_path', 'clean_up', 'fsync_paths', 'replace_folder',
+           'atomic_folder', 'atomic_file', 'atomic_write', 'read_jsonl', 'read_json', 'read_json_or',
+           'library_versions', 'to_uint8', 'image_grid']
 
 # %% ../nbs/00_core.ipynb #7b2edee5
 def expand_like(
@@ -127,6 +127,16 @@ def to_device(
 def cond_to(cond:Cond, *args, **kwargs)->Cond:
     "Every tensor through `Tensor.to`"
     return cond_map(lambda v: v.to(*args, **kwargs), cond)
+
+def hash_tensor(
+    digest, # of hashlib
+    name:str, # of the tensor
+    value:Tensor, # any shape, with numbers
+):
+    "Into a digest: a name, a shape, and up to 8,192 numbers from all over a tensor"
+    some = value.detach().flatten()[::max(1, value.numel()//4096)]
+    digest.update(f'{name} {tuple(value.shape)}'.encode())
+    digest.update(some.double().cpu().numpy().tobytes())
 
 # %% ../nbs/00_core.ipynb #6b6e0475
 import ctypes, glob, itertools, json, platform, re, sys

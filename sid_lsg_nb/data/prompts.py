@@ -8,9 +8,9 @@ __all__ = ['COLUMN_NAMES', 'CHUNK_ROWS', 'DELIMITERS', 'READERS', 'SUPPORTED_FIL
            'guess_delimiter', 'is_header', 'csv_fields', 'csv_rows', 'tar_rows', 'infer_type', 'row_types', 'flatten',
            'rows_to_entries', 'schema_types', 'batches_to_entries', 'parquet_types', 'parquet_entries', 'arrow_batches',
            'arrow_types', 'file_type', 'open_to_read', 'find_column', 'read_entries', 'clean_prompt', 'write_arrow',
-           'Prompts', 'text_size', 'fingerprint', 'cached_prompts', 'is_metadata', 'find_files', 'file_entries',
-           'open_dataset', 'saved_dataset', 'dataset_entries', 'open_prompts', 'prompts_from_list', 'prompt_hash',
-           'prompt_hashes', 'count_seen', 'count_truncated', 'describe_truncated', 'bundled_words',
+           'Prompts', 'text_size', 'fingerprint', 'open_or_make', 'cached_prompts', 'is_metadata', 'find_files',
+           'file_entries', 'open_dataset', 'saved_dataset', 'dataset_entries', 'open_prompts', 'prompts_from_list',
+           'prompt_hash', 'prompt_hashes', 'count_seen', 'count_truncated', 'describe_truncated', 'bundled_words',
            'unfamiliar_prompts']
 
 # %% ../../nbs/3_data/02_prompts.ipynb #402cd3c1
@@ -488,29 +488,42 @@ def _whole(file):
     try: return Prompts(pa.memory_map(str(file)))
     except (OSError, pa.ArrowException): return None
 
+def open_or_make(
+    what:str, # for messages
+    folder:tuple[str, str], # of the kind of file, in the cache
+    name:str, # of the file
+    look:Callable, # (file) -> what is in it, None: it is not there or not whole
+    make:Callable, # (file): writes it, whole or not at all
+    cache=None, # folder, None: `assets` in HF_HOME
+):
+    "What is in a cached file, which one process makes if need be; raises `InputError` for an unusable folder"
+    unusable = lambda e: InputError(f'{what} cannot be cached ({e}); set HF_HOME to a folder on a disk with room')
+    try: file = cached_assets_path('sid_lsg_nb', *folder, assets_dir=cache)/name
+    except (OSError, ValueError) as e: raise unusable(e) from e
+    if (found := look(file)) is not None: return found
+    try:
+        with FileLock(f'{file}.lock'):
+            if (found := look(file)) is None: make(file)                           # no other process was faster
+        return look(file) if found is None else found
+    except (OSError, NotImplementedError) as e: raise unusable(e) from e
+
 def cached_prompts(
     stamp:str, # name of the file
     write:Callable, # writes the Arrow file into the binary file it is given
     cache=None, # folder, None: `assets` in HF_HOME
 )->Prompts:
     "Prompts mapped from a cached file, which one process makes if need be; raises `InputError` for an unusable folder"
-    unusable = lambda e: InputError(f'the prompts cannot be cached ({e}); set HF_HOME to a folder on a disk with room')
-    try: file = cached_assets_path('sid_lsg_nb', 'prompts', 'arrow-1', assets_dir=cache)/f'{stamp}.arrow'
-    except (OSError, ValueError) as e: raise unusable(e) from e
-    if found := _whole(file): return found
-    try:
-        with FileLock(f'{file}.lock'):
-            if found := _whole(file): return found                                 # another process was faster
-            tmp = file.with_suffix('.tmp')
-            try:
-                with open(tmp, 'wb') as f:
-                    write(f)
-                    f.flush()
-                    os.fsync(f.fileno())
-                os.replace(tmp, file)
-            finally: tmp.unlink(missing_ok=True)
-            return Prompts(pa.memory_map(str(file)))
-    except (OSError, NotImplementedError) as e: raise unusable(e) from e
+    def make(file):
+        "Under another name until it is whole"
+        tmp = file.with_suffix('.tmp')
+        try:
+            with open(tmp, 'wb') as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, file)
+        finally: tmp.unlink(missing_ok=True)
+    return open_or_make('the prompts', ('prompts', 'arrow-1'), f'{stamp}.arrow', _whole, make, cache)
 
 # %% ../../nbs/3_data/02_prompts.ipynb #b17c32da
 METADATA_FILES = 'dataset_info.json', 'dataset_infos.json', 'dataset_dict.json', 'state.json'

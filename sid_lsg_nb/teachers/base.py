@@ -126,6 +126,7 @@ class Teacher:
     opens_in_diffusers = True # a saved student is a pipeline of stock diffusers
     brings_prompts = False # True: `prompts` are all there are, such as the names of classes
     supports_guidance = True # False: it was not trained without a condition
+    text_encoders = () # names of the `modules` that read the prompt
     published = {} # name -> `ModelShapes`: sizes that can be measured without the weights
     library, task = 'diffusers', 'text-to-image' # of the model card's front matter
     card_tags = 'text-to-image', 'diffusers', 'one-step', 'distillation', 'sid-lsg'

@@ -14,6 +14,7 @@ from ..core import Cond, to_device
 class TextEncoder:
     "Prompts to `Cond`: what every family's encoder can be asked; a subclass writes `__call__` and has a `model`"
     negative_prompt = '' # what is encoded in the place of an empty prompt
+    kept_on_cpu = () # entries of `Cond` that stay there, wherever the network is
     _null:Cond|None = None # made when it is first asked for
 
     @property

@@ -22,6 +22,7 @@ from .flow import FlowDenoiser, FlowTeacher, check_flow_parts, flow_teacher
 # %% ../../nbs/2_teachers/16_z_image.ipynb #zim00010
 class ZImageTextEncoder(TextEncoder):
     "Prompts to `Cond`, as Z-Image's pipeline does it, filled up to one length"
+    kept_on_cpu = ('encoder_attention_mask',)
 
     def __init__(self,
         pipe:ZImagePipeline, # its tokenizer and text encoder

@@ -10,7 +10,8 @@ from ..method.guidance import Kappa
 from .config import METHODS_OF_MORE, Config, guidance_scales, resolve, split_method
 
 # %% auto #0
-__all__ = ['TIMED', 'estimate_time', 'benchmark_name', 'print_memory', 'print_host_and_disk', 'files_of', 'dry_run']
+__all__ = ['TIMED', 'estimate_time', 'benchmark_name', 'print_memory', 'print_host_and_disk', 'print_text_cache', 'files_of',
+           'dry_run']
 
 # %% ../../nbs/6_training/07_dry_run.ipynb #7656064c
 TIMED = (
@@ -96,6 +97,19 @@ def print_host_and_disk(config: Config, shapes, settings):  # a `ModelShapes`, a
     print(f'disk: {gib(size)} for a checkpoint; {kept}')
 
 
+def print_text_cache(config: Config):
+    "How much disk the encoded prompts of `cache_text` take"
+    from sid_lsg_nb.core import EMBEDDED
+    from sid_lsg_nb.data.prompts import open_prompts
+    from sid_lsg_nb.data.text_cache import cache_bytes
+    from sid_lsg_nb.teachers.registry import model_shapes
+
+    shapes = model_shapes(config.teacher)
+    prompts = open_prompts(config.prompts or EMBEDDED / 'prompts.txt', config.column)
+    size = f'about {cache_bytes(shapes, prompts) / 2**30:.3g} GiB' if shapes else 'an unknown number of bytes'
+    print(f'encoded prompts: {size} in HF_HOME ({prompts.report}), unless they are there')
+
+
 def files_of(config: Config) -> str:
     "What the run would leave, in a sentence"
     c, images = config, config.max_train_images
@@ -124,6 +138,7 @@ def dry_run(config: Config, world: int = 1):
         f'{iterations:,} iterations'
     )
     print_memory(c, world)
+    if c.cache_text: print_text_cache(c)
     if world == 1 and c.device != 'cpu' and torch.cuda.is_available():
         rows = json.loads((EMBEDDED / 'speeds.json').read_text())
         if told := estimate_time(c, torch.cuda.get_device_name(), rows):

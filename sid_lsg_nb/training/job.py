@@ -14,11 +14,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
-from ..core import EMBEDDED, InputError, rng
+from ..core import EMBEDDED, InputError, hash_tensor, rng
 from ..data.images import images_from_folder
 from ..data.prompt_stream import PromptStream, text_batches
 from ..data.prompts import Prompts, open_prompts, prompts_from_list
 from ..data.real_images import RealBatches, encode_folder
+from ..data.text_cache import cache_text, text_networks
 from ..method.adversary import Discriminator
 from ..method.methods import Recipe, make_method
 from ..method.optim import EMA, make_adam
@@ -116,20 +117,13 @@ def fingerprint(teacher) -> str:  # SHA-256
     """What a teacher computes with, wherever its files lie: names, shapes and up to 8,192 numbers of each of its
     tensors, and its schedule's"""
     digest = hashlib.sha256(str(getattr(teacher.schedule, 'prediction', '')).encode())
-
-    def take(name, value):
-        "Into the digest: a name, a shape, and numbers from all over the tensor"
-        some = value.detach().flatten()[:: max(1, value.numel() // 4096)]
-        digest.update(f'{name} {tuple(value.shape)}'.encode())
-        digest.update(some.double().cpu().numpy().tobytes())
-
     for name, part in sorted(teacher.modules().items()):
         if sum(p.numel() for p in part.parameters()) < _LIGHT or name == 'net':
             files = getattr(part, 'weight_files', None)
             for k, v in part.state_dict().items():
-                take(f'{name}.{k}', files.read(k).to(v.dtype) if v.is_meta else v)
+                hash_tensor(digest, f'{name}.{k}', files.read(k).to(v.dtype) if v.is_meta else v)
     for k, v in sorted(vars(teacher.schedule).items()):
-        if torch.is_tensor(v): take(k, v)
+        if torch.is_tensor(v): hash_tensor(digest, k, v)
     return digest.hexdigest()
 
 
@@ -180,6 +174,7 @@ def check_inputs(settings: RunSettings, processes: Distributed):
         open_teacher(name, 'meta', prediction_type=settings.teacher.prediction_type), settings.teacher)
     check_streams(settings, make_method(with_times(settings.recipe, teacher), teacher.latent_shape))
     check_lora(settings.networks.lora, teacher)
+    if settings.teacher.cache_text: text_networks(teacher)
     if settings.networks.init: find_start(settings.networks.init)
     check_layer(settings.recipe, teacher)
     if data.real_images: images_from_folder(Path(data.real_images).expanduser())
@@ -234,6 +229,8 @@ def setup(
     prompts = find_prompts(s.data, processes)
     with weights_in_files() if s.networks.fsdp else nullcontext():  # each process will read its slices
         teacher, sha = open_on_all_ranks(s.teacher, processes, teacher)
+    if s.teacher.cache_text:  # before anything else wants the memory
+        teacher = processes.run_on_all(lambda: cache_text(teacher, prompts))
     method = processes.run_on_all(lambda: method_of(s, teacher))
     real = processes.run_on_all(lambda: real_batches_of(s.data, teacher, processes))
     frozen, learning = processes.run_on_all(lambda: build_networks(s.networks, teacher, method, resumed))

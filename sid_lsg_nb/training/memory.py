@@ -123,6 +123,7 @@ class MemorySettings:
     offload: tuple = ('vae',)  # what waits on the CPU costs nothing here: vae, ema
     use_8bit_adam: bool = False
     more_ema_halflives: tuple = ()  # each an average of its own
+    cache_text: bool = False  # the text encoder waits on the CPU
     fsdp: bool = False  # networks in slices
     world: int = 1  # processes
 
@@ -168,7 +169,7 @@ def weights_budget(
     thin = count_lora_weights(denoiser, s.lora_rank) if s.lora != 'none' else 0
     learning = {k: thin if s.lora in (k, 'both') else n for k in ('fake', 'generator')}
     out = {
-        'teacher': n*width(p.teacher), 'text encoder': int(shapes.text*1e6)*shapes.text_width,
+        'teacher': n*width(p.teacher), 'text encoder': (not s.cache_text)*int(shapes.text*1e6)*shapes.text_width,
         'VAE': 0 if 'vae' in s.offload else int(shapes.vae*4e6)}
     for k, m in learning.items():
         out[k] = m*width(p.weights)
@@ -214,9 +215,10 @@ def host_budget(
     s, weights = settings, [q.numel() for q in empty_network(shapes).parameters()]
     network = max(weights) if s.fsdp else sum(weights)
     averages = weights_budget(shapes, replace(s, offload=()))['EMA'] if 'ema' in s.offload else 0
+    text = int(shapes.text*1e6)*shapes.text_width
     return {
-        'while the teacher is read': 4*network + int(shapes.text*1e6)*shapes.text_width + int(shapes.vae*4e6),
-        'then': averages + ('vae' in s.offload)*int(shapes.vae*4e6)}
+        'while the teacher is read': 4*network + text + int(shapes.vae*4e6),
+        'then': averages + s.cache_text*text + ('vae' in s.offload)*int(shapes.vae*4e6)}
 
 # %% ../../nbs/6_training/03_memory.ipynb #04fb922f
 def count_lora_weights(denoiser: Denoiser, rank: int) -> int:
