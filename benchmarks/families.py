@@ -43,8 +43,8 @@ def published_sd3(folder) -> str:
 
 FAMILIES = {  # title: folder -> a small random teacher
     'Stable Diffusion': tiny_pipeline, 'SDXL': tiny_sdxl, 'PixArt': tiny_pixart, 'Stable Diffusion 3': published_sd3,
-    'SANA': tiny_sana, 'FLUX.1': tiny_flux, 'Qwen-Image': tiny_qwen_image, 'Z-Image': tiny_z_image,
-    'FLUX.2-klein': tiny_flux2,
+    'SANA': tiny_sana, 'SANA 1.5': lambda folder: tiny_sana(folder, qk_norm='rms_norm_across_heads'),
+    'FLUX.1': tiny_flux, 'Qwen-Image': tiny_qwen_image, 'Z-Image': tiny_z_image, 'FLUX.2-klein': tiny_flux2,
     'EDM': lambda folder: save_edm(tiny_edm(classes=10).denoiser.net, folder)}
 SETTINGS = dict(
     teacher='teacher', device='cpu', total_batch_size=4, micro_batch=2, max_train_images=8, lr=1e-4,
