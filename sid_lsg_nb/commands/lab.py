@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BROKEN', 'BOUNDS', 'HEADS', 'ABOUT', 'LAB_PAGE', 'Trial', 'trial_of', 'trials_of', 'is_over', 'run_trial',
-           'rows_per_picture', 'RunResult', 'of_closing_table', 'of_log', 'result_of', 'LabRow', 'number', 'cells_of',
-           'lab_table', 'lab_page', 'calls_and_prompts', 'columns_of', 'lab_rows', 'lab']
+           'rows_per_picture', 'bytes_held', 'RunResult', 'of_closing_table', 'of_log', 'result_of', 'LabRow', 'number',
+           'cells_of', 'lab_table', 'lab_page', 'costs_and_prompts', 'columns_of', 'lab_rows', 'lab']
 
 # %% ../../nbs/7_commands/15_lab.ipynb #lab03
 import html, json, re, shlex
@@ -91,6 +91,16 @@ def rows_per_picture(job:TrainingJob, iterations:int=2)->float:
     for h in hooks: h.remove()
     return sum(seen)/(iterations*batch)
 
+
+def bytes_held(job:TrainingJob)->int:
+    "On a GPU the most that was allocated so far; elsewhere what networks, moments and averages hold"
+    if job.processes.device.type == 'cuda': return torch.cuda.max_memory_allocated()
+    learners = job.nets.learners.values()
+    nets = [job.nets.teacher, job.ema.net, *(e.net for e in job.more_emas), *(l.net for l in learners)]
+    moments = [v for l in learners for s in l.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    tensors = [t for n in nets for t in (*n.parameters(), *n.buffers())] + moments
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values()) # what is shared counts once
+
 # %% ../../nbs/7_commands/15_lab.ipynb #lab15
 @dataclass(frozen=True)
 class RunResult:
@@ -147,6 +157,7 @@ class LabRow:
     name:str
     runs:tuple[RunResult, ...]
     calls:float|None = None # rows through the networks for a picture of training
+    memory:int|None = None # bytes, see `bytes_held`
 
     @property
     def whole(self)->list[RunResult]: return [r for r in self.runs if not r.broken]
@@ -170,11 +181,12 @@ class LabRow:
 
 # %% ../../nbs/7_commands/15_lab.ipynb #lab21
 HEADS = ('method', 'distance', '± seeds', 'minus the first', 'read back', 'diversity / teacher', 'rows a picture',
-         's per 1,000', 'broken')
+         'MiB', 's per 1,000', 'broken')
 ABOUT = ('Distance of the student to real pictures, above what real pictures leave at the same number where that is '
          'known; lower is better. "± seeds": standard deviation over seeds. "Minus the first": paired by seed, with its '
          'standard error; a star where it is beyond Student\'s 95 % bound. "Rows a picture": rows forward through the '
-         'networks for each picture of training. Seconds are those of this machine.')
+         'networks for each picture of training. "MiB": on a GPU the most that was allocated; elsewhere what networks, '
+         'moments and averages hold. Seconds are those of this machine.')
 LAB_PAGE = """<!doctype html>
 <!-- a page of sid-lsg lab -->
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
@@ -199,7 +211,8 @@ def cells_of(row:LabRow, first:LabRow)->list[str]:
     read_back = row.moments('concept')[0]
     return [row.name, number(distance), number(sd, '.2g'), paired, number(read_back, '.1%'),
             number(diversity/theirs, '.2f') if diversity is not None and theirs else number(diversity),
-            number(row.calls), number(row.moments('seconds')[0]), f'{row.broken} of {len(row.runs)}']
+            number(row.calls), number(row.memory and row.memory/2**20), number(row.moments('seconds')[0]),
+            f'{row.broken} of {len(row.runs)}']
 
 
 def lab_table(rows:list[LabRow])->str: # HTML
@@ -218,15 +231,16 @@ def lab_page(args:Lab, rows:list[LabRow], columns:list[Column], prompts:list[str
         pictures=image_rows(columns, prompts, 0, 256) if columns else '', version=__version__)
 
 # %% ../../nbs/7_commands/15_lab.ipynb #lab23
-def calls_and_prompts(trials:list[Trial], n:int)->tuple[dict[str, float], list[str]]: # rows a picture by method
-    "What a step of each method costs, and prompts of the training for the page"
-    calls, prompts = {}, []
+def costs_and_prompts(trials:list[Trial], n:int)->tuple[dict, list[str]]: # by method (rows a picture, bytes); n prompts
+    "What each method costs, and prompts of the training for the page"
+    costs, prompts = {}, []
     for t in trials:
-        if t.name in calls: continue
+        if t.name in costs: continue
+        if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
         job = setup(replace(t.config, out='', resume=''))
         prompts = prompts or PromptStream(job.prompts, 0).take(n)
-        calls[t.name] = rows_per_picture(job)
-    return calls, prompts
+        costs[t.name] = rows_per_picture(job), bytes_held(job)
+    return costs, prompts
 
 
 def columns_of(rows:list[LabRow], prompts:list[str], device)->list[Column]:
@@ -240,12 +254,12 @@ def columns_of(rows:list[LabRow], prompts:list[str], device)->list[Column]:
     return found
 
 
-def lab_rows(trials:list[Trial], calls:dict[str, float])->list[LabRow]:
+def lab_rows(trials:list[Trial], costs:dict[str, tuple[float, int]])->list[LabRow]:
     "Results by method, in the order that they were named in"
     results = [(t.name, result_of(t)) for t in trials]
     names = list(dict.fromkeys(t.name for t in trials))
     found = {n: tuple(r for name, r in results if r and name == n) for n in names}
-    return [LabRow(n, runs, calls.get(n)) for n, runs in found.items() if runs]
+    return [LabRow(n, runs, *costs.get(n, ())) for n, runs in found.items() if runs]
 
 
 def lab(args:Lab)->Path: # the page
@@ -253,8 +267,8 @@ def lab(args:Lab)->Path: # the page
     trials, out = trials_of(args), Path(args.out).expanduser()
     for t in trials if not args.page_only else (): run_trial(t)
     if not any(map(is_over, trials)): raise RunError(f'{out}: no run is finished yet; the same command goes on')
-    calls, prompts = calls_and_prompts(trials, args.n)
-    rows = lab_rows(trials, calls)
+    costs, prompts = costs_and_prompts(trials, args.n)
+    rows = lab_rows(trials, costs)
     columns = columns_of(rows, prompts, pick_device(args.device))
     unfinished = len(trials) - sum(len(r.runs) for r in rows)
     kept = dict(teacher=args.teacher, options=args.options, rows=[asdict(r) for r in rows], prompts=prompts)
