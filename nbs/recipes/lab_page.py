@@ -1,11 +1,11 @@
-"""The lab's pages of the bundled teacher: eight methods beside each other, and what settings do to diversity.
+"""The lab's pages of the bundled teacher: eight methods beside each other, what settings do to diversity, and a remedy.
 
     python nbs/recipes/lab_page.py --work DIR
     python nbs/recipes/lab_page.py --work DIR --page-only
 
 `sid-lsg lab` with the words below. DIR holds the world of `embedded_teacher.py data`, and gets the runs. Started several times
 at once, processes share them; started again, it goes on. With `--page-only` the pages are made of what is finished.
-Writes nbs/images/lab_methods.{json,html} and lab_settings.{json,html}.
+Writes nbs/images/lab_methods.{json,html}, lab_settings.{json,html} and lab_remedy.{json,html}.
 """
 import json, os
 from datetime import date
@@ -23,9 +23,12 @@ METHODS = ('sid', 'kd', f'dmd2 {REAL}', 'sim', 'fisher', 'di', f'f_distill {REAL
            'decoupled_dmd --guidance long --kappa 1.5')
 SETTINGS = ('sid', 'sid --kappa 1', 'sid --kappa 2', 'sid --kappa 1.6 --guidance-t-max 200', 'sid --alpha 1.2',
             'sid --student-steps 2')
-PAGES = {  # name: rows, images of a run, folder of the runs in DIR
-    'lab_methods': (METHODS, 4_800, 'runs/lab'),
-    'lab_settings': (SETTINGS, 2_400, 'runs/effects')}
+REMEDY = 'sid --kappa 1.6 --guidance-t-max 200', 'sid --kappa 1'
+PAGES = {  # name: rows, options, folder of the runs in DIR
+    'lab_methods': (METHODS, '--max-train-images 4800 --sample-every 0', 'runs/lab'),
+    'lab_settings': (SETTINGS, '--max-train-images 2400 --sample-every 0', 'runs/effects'),
+    'lab_remedy': (
+        REMEDY, '--init shipped --max-train-images 2400 --sample-every 0 --lr 1e-4 --lr-fake 1e-4', 'runs/remedy')}
 
 
 def main(
@@ -33,13 +36,12 @@ def main(
     page_only: tyro.conf.FlagCreatePairsOff[bool] = False,        # train nothing
     out: Path = IMAGES,
 ):
-    "Both pages"
+    "All pages"
     torch.set_num_threads(1)
     out = out.resolve()
     if not (work/'real-1000').exists(): write_pictures(work/'real-1000', real_pictures(recipe.World(work), 1_000))
     os.chdir(work)  # the words of a row are then the same everywhere
-    for name, (rows, images, folder) in PAGES.items():
-        options = f'--max-train-images {images} --sample-every 0'
+    for name, (rows, options, folder) in PAGES.items():
         page = lab(Lab(rows, seeds=3, options=options, out=folder, device='cpu', page_only=page_only))
         kept = json.loads(page.with_name('lab.json').read_text()) | dict(machine=machine(), date=f'{date.today()}')
         atomic_write(out/f'{name}.json', json.dumps(kept, indent=1) + '\n')

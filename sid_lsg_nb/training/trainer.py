@@ -24,7 +24,7 @@ from .config import Config, check, resolve, resume_command, settings_of
 from .distributed import Distributed, gather_full
 from .drawing import curves
 from .dry_run import dry_run
-from .job import TrainingJob, check_inputs, iterate
+from .job import TrainingJob, check_inputs, iterate, with_t_init
 from .log import Log, tracker
 from .memory import plain_copy
 from .monitor import RunningBand
@@ -262,7 +262,7 @@ def train(config: Config = Config()) -> Path | None:  # the run folder
     """Distil a teacher into a one-step generator and leave a complete run folder; raises `InputError` for input
     that cannot work, `Diverged` for a run that went wrong, `RunError` if something after training failed"""
     processes, locks = Distributed(config.device), []
-    processes.run_on_all(lambda: check(config))
+    config = processes.run_on_all(lambda: with_t_init(check(config)))
     for note in processes.notes if processes.is_main else ():
         print(note)
     if config.dry_run:
