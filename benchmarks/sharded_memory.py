@@ -91,7 +91,7 @@ HEAD = """## Memory of two processes in slices
 Made by `MALLOC_MMAP_THRESHOLD_=65536 torchrun --nproc-per-node 2 benchmarks/sharded_memory.py`, and by the same line with "--whole" at its end; its first lines say what is compared.
 MiB per process, without what the libraries take. "Slices": this process's weights of the teacher, generator, fake and average, and Adam's
 numbers (none before the first step). "Peak / slices" is the worst moment of the set-up; pages of files that were read may be counted.
-"Two iterations" is the worst moment of training, and "dry run" what `--dry-run` counts for it; then a checkpoint's files and their count.
+"Two iterations", of two micro-batches each, is the worst moment of training (with one micro-batch 0.84 of the count, which adds the gradient to the activations), and "dry run" what `--dry-run` counts for it; then a checkpoint's files and their count.
 
 | teacher, million weights | network opened | process | slices | held after set-up | peak | peak / slices | one block | two iterations | dry run | measured / counted | checkpoint | dry run | torch, date |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
