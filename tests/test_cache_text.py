@@ -42,8 +42,8 @@ def asked(family, monkeypatch):
 
 def run(home, out, **more):
     small = dict(
-        total_batch_size=2, micro_batch=1, max_train_images=8, log_every=2, sample_every=8, checkpoint_every=4, n_eval=0,
-        teacher_steps=2, lr=1e-3, lr_fake=1e-3, kappa=1.5, proportion_empty_prompts=.5, device='cpu')
+        total_batch_size=2, micro_batch=1, max_train_images=8, log_every=2, sample_every=8, checkpoint_every=4,
+        n_eval=0, teacher_steps=2, lr=1e-3, lr_fake=1e-3, kappa=1.5, proportion_empty_prompts=.5, device='cpu')
     train(Config(teacher=str(home/'teacher'), prompts=str(home/'p.txt'), out=str(home/out), **small | more))
     return home/out
 

@@ -140,7 +140,8 @@ def docs(copied):
 
 def test_site_has_no_broken_link(copied, docs):
     assert 'no broken link' in docs
-    made = {p.relative_to(copied/'_docs').as_posix() for p in (copied/'_docs').rglob('*.html') if p.parent.name != 'images'}
+    pages = [p for p in (copied/'_docs').rglob('*.html') if p.parent.name != 'images']
+    made = {p.relative_to(copied/'_docs').as_posix() for p in pages}
     wanted = {offline_docs.page_name(p.relative_to(copied/'nbs')) for p in house.notebooks(copied)}
     assert made - {'map.html'} == wanted
 

@@ -146,7 +146,8 @@ def test_a_run_rests_then_learns_and_goes_on_without_the_student(tmp_path):
     log = (tmp_path / 'whole/log.jsonl').read_text()
     assert train(replace(config, resume='latest')) == tmp_path / 'whole'  # the same command again: nothing to do
     assert (tmp_path / 'whole/log.jsonl').read_text() == log
-    train(replace(config, resume='latest', max_train_images=20, out=str(shutil.copytree(tmp_path / 'whole', tmp_path / 'on'))))
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'on')
+    train(replace(config, resume='latest', max_train_images=20, out=str(tmp_path / 'on')))
     saved = saved_config(tmp_path / 'whole')
     assert (saved.t_init, saved.init, saved.freeze_generator_until) == (500, config.init, 8)
     states = {int(p.name): load_checkpoint(p) for p in checkpoints(tmp_path / 'whole/checkpoints')}

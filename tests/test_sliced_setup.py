@@ -74,3 +74,33 @@ def test_what_a_discriminator_would_read_is_known_without_numbers(tmp_path, make
     assert found[0] == found[1]
     tables = dict(whole.denoiser.net.named_buffers())
     assert all(b.equal(tables[k]) for k, b in empty.denoiser.net.named_buffers())
+
+ROUNDS = """
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from sid_lsg_nb.training.distributed import Distributed, make_learner
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(6, 6) for _ in range(3)])
+    def forward(self, x):
+        for block in self.blocks: x = block(x).tanh()
+        return x
+
+processes = Distributed('cpu')
+torch.manual_seed(0)
+learner = make_learner(processes, Net(), 1e-3, shard=True)
+for last in (False, True):
+    with learner.sync(last): learner.train(torch.ones(2, 6)).square().sum().backward()
+    grads = [p.grad for p in learner.net.parameters()]
+    print([isinstance(g, DTensor) and g.to_local().shape[0] == 3 for g in grads])
+processes.close()
+"""
+
+def test_the_gradient_is_cut_after_every_micro_batch(tmp_path):
+    "Not only after the last: whole, it would take as much in every process as the network does uncut"
+    for status, out, err in finish(start_ranks(['-c', ROUNDS], [tmp_path]*2), 120):
+        assert status == 0, err[-2000:]
+        assert out.splitlines()[-2:] == [str([True]*6)]*2

@@ -183,8 +183,8 @@ class LabRow:
 HEADS = ('method', 'distance', '± seeds', 'minus the first', 'read back', 'diversity / teacher', 'rows a picture',
          'MiB', 's per 1,000', 'broken')
 ABOUT = ('Distance of the student to real pictures, above what real pictures leave at the same number where that is '
-         'known; lower is better. "± seeds": standard deviation over seeds. "Minus the first": paired by seed, with its '
-         'standard error; a star where it is beyond Student\'s 95 % bound. "Rows a picture": rows forward through the '
+         'known; lower is better. "± seeds": standard deviation over seeds. "Minus the first": paired by seed, with '
+         'its standard error; a star where it is beyond Student\'s 95 % bound. "Rows a picture": rows forward through the '
          'networks for each picture of training. "MiB": on a GPU the most that was allocated; elsewhere what networks, '
          'moments and averages hold. Seconds are those of this machine.')
 LAB_PAGE = """<!doctype html>

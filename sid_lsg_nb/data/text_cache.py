@@ -43,8 +43,8 @@ def require_room(file:Path, n:int, each:int, done:int): # records, bytes of one,
     need, free = (n - done)*each, shutil.disk_usage(file.parent).free
     told = f'{n:,} prompt{"s"*(n != 1)} x {each/2**10:,.4g} KiB = {n*each/2**30:.3g} GiB'
     if need > free:
-        raise InputError(f'encoded prompts take {told}, and {file.parent} has {free/2**30:.3g} GiB free; set HF_HOME to '
-                         'a folder on a disk with room, give fewer --prompts, or leave --cache-text away')
+        raise InputError(f'encoded prompts take {told}, and {file.parent} has {free/2**30:.3g} GiB free; set HF_HOME '
+                         'to a folder on a disk with room, give fewer --prompts, or leave --cache-text away')
     print(f'encoded prompts: {told} in {file}{f", of which {done:,} are there" if done else ""}')
 
 def write_records(
