@@ -83,11 +83,15 @@ def text_networks(teacher:Teacher)->dict[str, nn.Module]: # by name
     if found := {k: m for k, m in teacher.modules().items() if k in teacher.text_encoders}: return found
     raise InputError(f'teacher {teacher.path!r} has no text encoder that could be put away; leave --cache-text away')
 
-def encoder_sha(teacher:Teacher)->str: # SHA-256
+def encoder_sha(
+    teacher:Teacher,
+    device=None, # where prompts are encoded; None: where the encoder is
+)->str: # SHA-256
     "What the conditioning of a prompt depends on, wherever the files lie; the negative prompt is left out"
+    kind = torch.device(device or teacher.device).type
     how = {k: v for k, v in vars(teacher.text).items() if k not in ('negative_prompt', '_null')}
     networks = sorted(text_networks(teacher).items())
-    facts = [type(teacher.text).__name__, how, teacher.device.type, library_versions()]
+    facts = [type(teacher.text).__name__, how, kind, library_versions()]
     facts += [str(next(m.parameters()).dtype) for _, m in networks]
     for name, t in sorted(teacher.pipe.components.items()):
         if not name.startswith('tokenizer') or t is None: continue
@@ -135,20 +139,23 @@ def cache_text(
     teacher:Teacher, # at its size, and with its negative prompt
     prompts:Prompts,
     cache=None, # folder; None: `assets` in HF_HOME
+    device=None, # where prompts are encoded and answers are wanted; None: where the encoder is
 )->Teacher: # the same, but for its `text`
-    "Encode all prompts into a file, unless they are in one, and put the encoder on the CPU; raises `InputError`"
-    networks, text, device = text_networks(teacher), teacher.text, teacher.device
-    sha, words = encoder_sha(teacher), list(dict.fromkeys(prompts[:]))
+    """Encode all prompts into a file, unless they are in one; the encoder is on the device for as long as that takes,
+    then on the CPU. Raises `InputError` for a teacher that reads no text"""
+    device, text = device or teacher.device, teacher.text
+    sha, words = encoder_sha(teacher, device), list(dict.fromkeys(prompts[:]))
 
     def records(what:str, prompts:list[str]):
         "The file of some prompts"
         stamp = hashlib.sha256(f'{sha} {what}'.encode()).hexdigest()[:32]
-        make = lambda file: write_records(file, prompts, text)
+        def make(file):
+            teacher.move_text(device)
+            write_records(file, prompts, text)
         return open_or_make('encoded prompts', ('text', 'npy-1'), f'{stamp}.npy', open_records, make, cache)
 
     rows, null = records(f'prompts {prompts.sha256}', words), records(f'instead of none {text.negative_prompt}', [''])
-    for m in networks.values(): m.to('cpu')
-    text.set_negative_prompt(text.negative_prompt) # its null may be on the device
+    teacher.move_text('cpu')
     out = copy.copy(teacher)
     out.text = CachedText(text, device, {p: (rows, i) for i, p in enumerate(words)} | {'': (null, 0)})
     return out

@@ -22,7 +22,7 @@ from ..method.guidance import Kappa
 from ..method.rollout import SIGMA_INIT, teacher_sample
 from ..method.schedule import Schedule
 from .text_encoder import TextEncoder
-from .loading import SingleFileModel, open_pipeline
+from .loading import SingleFileModel, open_pipeline, waiting_place
 
 # %% ../../nbs/2_teachers/03_base.ipynb #c290365b
 class Denoiser(nn.Module):
@@ -209,6 +209,12 @@ class Teacher:
         "All networks by name"
         return dict(net=self.denoiser.net, vae=self.vae)
 
+    def move_text(self, device):
+        "Put the networks that read prompts on a device"
+        networks = [m for name, m in self.modules().items() if name in self.text_encoders]
+        for m in networks: m.to(device)
+        if networks: self.text.set_negative_prompt(self.text.negative_prompt) # what was encoded is where they were
+
     def set_embedded_guidance(self, scale:float):
         "Have the network told another guidance scale; raises `InputError` where it takes none as an input"
         raise InputError(
@@ -319,7 +325,7 @@ class PipelineTeacher(Teacher):
         "Open a folder or a hub id; raises `InputError` for what is no pipeline of the family"
         dtypes, weights = cls.part_dtypes(dtype, device), str(device) != 'meta'
         pipe = cls.read(find_pipeline(path), path, dtypes, prediction_type, weights)
-        return cls.from_pipeline(pipe, path, device, dtype)
+        return cls.from_pipeline(pipe, path, waiting_place(device), dtype)
 
     @classmethod
     def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched

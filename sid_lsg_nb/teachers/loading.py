@@ -6,10 +6,10 @@
 __all__ = ['CLIP_TOKENIZERS', 'T5_TOKENIZERS', 'GEMMA_TOKENIZERS', 'QWEN_TOKENIZERS', 'PLAIN_UNET', 'PLAIN_VAE', 'VARIANTS',
            'DTYPE_SINCE', 'TRAINED_WITH', 'OWN_ENTRIES', 'Layout', 'SingleFileModel', 'reject', 'require', 'print_once',
            'read_json', 'find_class', 'check_index', 'pick_weights_file', 'check_weights_file', 'find_weights',
-           'list_weights', 'dtype_argument', 'WeightFiles', 'weights_in_files', 'find_weight_files', 'open_in_files',
-           'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part', 'scheduler_error',
-           'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache', 'fetch_pipeline',
-           'open_pipeline', 'assemble_pipeline', 'print_variants']
+           'list_weights', 'dtype_argument', 'WeightFiles', 'weights_in_files', 'waiting_place', 'find_weight_files',
+           'open_in_files', 'load_part_config', 'check_part_config', 'build_empty_part', 'load_part', 'open_part',
+           'scheduler_error', 'repair_scheduler_config', 'open_scheduler', 'files_to_fetch', 'find_in_cache',
+           'fetch_pipeline', 'open_pipeline', 'assemble_pipeline', 'print_variants']
 
 # %% ../../nbs/2_teachers/02_loading.ipynb #55c29949
 import inspect
@@ -246,16 +246,22 @@ class WeightFiles:
 
     def read(self, name:str, start:int=0, stop:int|None=None)->torch.Tensor: # in the file's number format
         "Rows of a tensor, all if none are named"
-        with safe_open(self.files[name], 'pt') as f: return f.get_slice(name)[start:stop]
+        with safe_open(self.files[name], 'pt') as f:
+            return f.get_tensor(name) if (start, stop) == (0, None) else f.get_slice(name)[start:stop]
 
 _IN_FILES = ContextVar('weights_in_files', default=False)
 
 @contextmanager
 def weights_in_files():
-    "Inside, denoising networks are opened without numbers where their files can be read by rows"
+    """Inside, denoising networks are opened without numbers where their files can be read by rows, and all else of a
+    pipeline on the CPU, in the number formats of the device that is named"""
     token = _IN_FILES.set(True)
     try: yield
     finally: _IN_FILES.reset(token)
+
+def waiting_place(device): # 'meta' stays 'meta'
+    "Where the parts of a pipeline are opened that shall live on a device: inside `weights_in_files` on the CPU"
+    return 'cpu' if _IN_FILES.get() and str(device) != 'meta' else device
 
 def find_weight_files(folder:Path, net, path)->WeightFiles|None: # None: the names or shapes are others
     "The file of each of a network's tensors"

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, LMSDiscreteScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor, nn
-from ..core import Cond, atomic_folder, cond_expand, to_device
+from ..core import Cond, atomic_folder, cond_expand, cond_map, to_device
 from ..method.schedule import DiscreteSchedule
 from .text_encoder import TextEncoder, token_counter
 from .loading import PLAIN_VAE, T5_TOKENIZERS, Layout, require
@@ -60,7 +60,7 @@ class PixArtTextEncoder(TextEncoder):
         return dict(
             encoder_hidden_states=self.model(**words)[0].float(),
             encoder_attention_mask=words['attention_mask'],
-        ) | cond_expand(self.micro, len(prompts))
+        ) | cond_expand(cond_map(lambda v: to_device(v, self.model.device), self.micro), len(prompts))
 
     def token_counters(self)->dict[int, Callable]:
         "The one tokenizer's"

@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'register_family', 'find_family', 'known_single_file_mode
 from pathlib import Path
 import torch
 from ..core import InputError
-from .loading import SingleFileModel, find_in_cache
+from .loading import SingleFileModel, find_in_cache, waiting_place
 from .base import ModelShapes, Teacher, find_pipeline, pipeline_class
 from .student import student_folder
 from .stable_diffusion import StableDiffusionTeacher
@@ -90,7 +90,7 @@ def open_teacher(
     "A teacher of whatever family; raises `InputError` for anything that is none"
     if is_single_file(path) and find_family(path) is None:
         pipe = open_single_file(path, known_single_file_models(), prediction_type, dtype, str(device) != 'meta')
-        return FAMILIES[type(pipe).__name__].from_pipeline(pipe, path, device, dtype)
+        return FAMILIES[type(pipe).__name__].from_pipeline(pipe, path, waiting_place(device), dtype)
     return family_of(path).load(path, device, dtype, prediction_type)
 
 def open_student(

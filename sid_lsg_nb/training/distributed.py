@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SPLIT_ERRORS', 'SCALE',
            'precision_of', 'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of',
            'init_processes', 'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'Distributed',
-           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'own_rows', 'read_slices', 'fsdp_blocks',
+           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'own_rows', 'read_weights', 'fsdp_blocks',
            'shard_fsdp', 'gather_full', 'gather_in_turn', 'SentTensor', 'read_like', 'make_learner']
 
 # %% ../../nbs/6_training/02_distributed.ipynb #3258027c
@@ -431,13 +431,18 @@ def own_rows(t: DTensor) -> tuple[int, int]:  # the first, and the one after the
 
 
 @torch.no_grad()
-def read_slices(net: nn.Module, device):
-    "Give a network that was cut while it was without numbers (see `weights_in_files`) the rows that are its own"
+def read_weights(
+    net,  # its parameters wait in `weight_files` (see `weights_in_files`)
+    device,  # where they shall be
+    own=lambda p: (p,),  # a parameter -> what of it is here, and its first and last row there if it is not all
+):
+    "Give a network its numbers, one tensor at a time, in the number format that it was cast to"
     files = net.weight_files
     del net.weight_files, net._apply
     net._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     for name, p in net.named_parameters():
-        p.to_local().copy_(files.read(name, *own_rows(p)))
+        here, *rows = own(p)
+        here.copy_(files.read(name, *rows))
 
 
 def fsdp_blocks(net: nn.Module) -> list[nn.Module]:
@@ -458,7 +463,8 @@ def shard_fsdp(processes: Distributed, net: nn.Module):
     whole_net = inner(net)
     for module in (*fsdp_blocks(whole_net), whole_net):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)  # at rest everything is slices
-    if hasattr(whole_net, 'weight_files'): read_slices(whole_net, processes.device)
+    if hasattr(whole_net, 'weight_files'):  # nothing was read of a network in files: now these rows
+        read_weights(whole_net, processes.device, lambda p: (p.to_local(), *own_rows(p)))
 
 # %% ../../nbs/6_training/02_distributed.ipynb #a90b5aff
 def gather_full(tree, keep: bool = True):  # False: this process helps, and has None where a sliced tensor was

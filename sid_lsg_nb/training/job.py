@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['TrainingJob', 'find_prompts', 'with_t_init', 'with_times', 'fingerprint', 'check_layer', 'read_streams',
-           'check_streams', 'real_batches_of', 'prepare_teacher', 'check_inputs', 'open_on_all_ranks', 'method_of',
-           'averages_of', 'setup', 'data_of', 'set_learning_rates', 'iterate']
+           'check_streams', 'real_batches_of', 'prepare_teacher', 'check_inputs', 'open_on_all_ranks', 'place_text',
+           'method_of', 'averages_of', 'setup', 'data_of', 'set_learning_rates', 'iterate']
 
 # %% ../../nbs/6_training/13_job.ipynb #imports1
 import hashlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
@@ -187,7 +186,8 @@ def open_on_all_ranks(
     processes: Distributed,
     teacher: Teacher | None,  # if it is open already
 ) -> tuple[Teacher, str]:
-    "The teacher, its autoencoder where the settings want it, and the fingerprint on which all processes agree"
+    """The teacher, its network in its files and its text encoder on the CPU where they can be, its autoencoder where the
+    settings want it; and the fingerprint on which all processes agree"""
     load = lambda: open_teacher(
         settings.teacher, processes.device, prediction_type=settings.prediction_type)
     teacher = teacher or processes.run_on_all(load)
@@ -195,8 +195,20 @@ def open_on_all_ranks(
     teacher.vae_offload_device = 'cpu' if 'vae' in settings.offload else ''
     sha = fingerprint(teacher)
     processes.require_same({'the content of the teacher': sha[:12]})
-    if teacher.vae_offload_device: teacher.vae.to(teacher.vae_offload_device)
+    teacher.vae.to(teacher.vae_offload_device or processes.device)
     return teacher, sha
+
+
+def place_text(
+    settings: TeacherSettings,
+    teacher: Teacher,
+    prompts: Prompts | None,  # None: the teacher brings its own
+    device: torch.device,
+) -> Teacher:
+    "The same with its text encoder on the device; or on the CPU behind a file of answers, if the settings want that"
+    if settings.cache_text: return cache_text(teacher, prompts, device=device)
+    teacher.move_text(device)
+    return teacher
 
 
 def method_of(settings: RunSettings, teacher: Teacher) -> Method:
@@ -227,13 +239,13 @@ def setup(
     # shapes stay the same all run: let cuDNN try its kernels once
     torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     prompts = find_prompts(s.data, processes)
-    with weights_in_files() if s.networks.fsdp else nullcontext():  # each process will read its slices
+    with weights_in_files():  # numbers come later, in the format and to the place where they stay
         teacher, sha = open_on_all_ranks(s.teacher, processes, teacher)
-    if s.teacher.cache_text:  # before anything else wants the memory
-        teacher = processes.run_on_all(lambda: cache_text(teacher, prompts))
+    # before anything else wants the memory
+    teacher = processes.run_on_all(lambda: place_text(s.teacher, teacher, prompts, processes.device))
     method = processes.run_on_all(lambda: method_of(s, teacher))
     real = processes.run_on_all(lambda: real_batches_of(s.data, teacher, processes))
-    frozen, learning = processes.run_on_all(lambda: build_networks(s.networks, teacher, method, resumed))
+    frozen, learning = processes.run_on_all(lambda: build_networks(s.networks, teacher, method, resumed, processes.device))
     prompts = prompts or prompts_from_list(teacher.prompts)
     processes.require_same({'the number of real pictures': str(real and len(real.latents))})
     emas = averages_of(learning['generator'], s.optimizer)  # before the network is cut into slices
