@@ -1,4 +1,5 @@
-"""Which of the published sizes fit one card of 24 GB with LoRA, and eight of 80 GB with all weights.
+"""Which of the published sizes fit one card of 24 GB with LoRA, with and without the text encoder beside it, and eight of
+80 GB with all weights.
 
     python benchmarks/sizes.py [NAME ...]
 
@@ -21,6 +22,7 @@ FILE = Path(__file__).resolve().parent.parent/'nbs/images/sizes.json'
 LEAN = dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1, sequential_gradient=True, offload=('vae',))
 PLANS = {  # column: GiB of a card as PyTorch sees it, how many cards, settings
     '1 x 24 GB, LoRA': (23.6, 1, LEAN | dict(lora='both')),
+    '1 x 24 GB, LoRA, prompts encoded before': (23.6, 1, LEAN | dict(lora='both', cache_text=True)),
     '8 x 80 GB, all weights': (79.1, 8, LEAN | dict(fsdp=True))}
 
 
@@ -31,15 +33,21 @@ def parts_of(said: str) -> dict[str, float]:  # GiB by component, of one process
     return {k: float(v) for k, v in found.items() if k != 'sum'}
 
 
+def before_of(said: str) -> float:  # GiB
+    "The most that a dry run counts before the first step"
+    line, = re.findall('before the first step: .*', said)
+    return max(map(float, re.findall(r'([\d.e+]+) GiB', line)))
+
+
 def plan(name: str, column: str) -> dict:
-    "What one process holds, and what is left of its card"
+    "What one process holds while it runs and before, and what is left of its card"
     card, cards, settings = PLANS[column]
     preset = PRESETS[published_models()[name].default_preset]
     config = replace(preset, teacher=model_shapes(name).hub_id, device='cpu', **settings)
     with contextlib.redirect_stdout(io.StringIO()) as out: dry_run(config, cards)
     parts = {k: round(v, 2) for k, v in parts_of(out.getvalue()).items() if v}
-    total = round(sum(parts.values()), 1)
-    return dict(sum=total, left=round(card - total, 1), parts=parts)
+    total, before = round(sum(parts.values()), 1), round(before_of(out.getvalue()), 1)
+    return dict(sum=total, before=before, left=round(card - max(total, before), 1), parts=parts)
 
 
 def row_of(name: str) -> dict:

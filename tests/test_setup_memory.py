@@ -211,35 +211,54 @@ PEAK = """
 import gc, json, re, sys
 from dataclasses import replace
 from pathlib import Path
-from sid_lsg_nb.teachers.registry import open_teacher
-from sid_lsg_nb.training.config import Config
+from sid_lsg_nb.teachers.registry import model_shapes, open_teacher
+from sid_lsg_nb.training.config import Config, resolve
 from sid_lsg_nb.training.job import setup
+from sid_lsg_nb.training.memory import MemorySettings, host_budget, setup_budget
 
 def memory(word): return int(re.search(rf'{word}:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])*1024
 
 config = Config(teacher='teacher', prompts='p.txt', device='cpu', total_batch_size=2, micro_batch=1, max_train_images=8,
-                mixed_precision='bf16', lora_rank=4, **json.loads(sys.argv[2]))
+                **dict(mixed_precision='bf16', lora_rank=4) | json.loads(sys.argv[2]))
 setup(replace(config, teacher='small', lora='none'))  # what libraries take at their first use is not counted
 gc.collect()
 Path('/proc/self/clear_refs').write_text('5')
 before = memory('VmRSS')
 job = setup(config, teacher=open_teacher('teacher') if sys.argv[1] == 'whole' else None)
-print(json.dumps(dict(peak=memory('VmHWM') - before, weights=sum(p.numel() for p in job.teacher.pipe.transformer.parameters()))))
+peak, shapes = memory('VmHWM') - before, model_shapes('teacher')
+weights = [p.numel() for p in shapes.build().parameters()]
+settings = MemorySettings.of(resolve(config, 1), guided=True)
+counted = max(setup_budget(shapes, settings).values()) + host_budget(shapes, settings)['then'] + 4*max(weights)
+print(json.dumps(dict(peak=peak, counted=counted, weights=sum(weights))))
 """
 
-def peak(how, **more):
-    "Bytes per weight of the network, at the worst moment of a set-up"
+def measured(how, **more):
+    "A set-up's worst moment; what is counted for device and host, with the largest tensor; weights of the network"
     process = Forked(['-c', PEAK, how, json.dumps(more)], Path.cwd(), clean_env(MALLOC_MMAP_THRESHOLD_='65536'))
     (status, out, err), = finish([process], 120)
     assert status == 0, err[-3000:]
-    said = json.loads(out.splitlines()[-1])
-    return said['peak']/said['weights']
+    return json.loads(out.splitlines()[-1])
 
-@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='reads /proc')
-def test_a_shared_network_is_never_there_in_float32(place):
+@pytest.fixture
+def large(place):
+    "92 million weights, and a small network of the same kind"
     for folder in ('small', 'teacher'): tiny_sd3(folder)
     config = SD3Transformer2DModel.load_config('teacher/transformer')
     more = dict(num_layers=10, attention_head_dim=64, num_attention_heads=8, caption_projection_dim=512)
     SD3Transformer2DModel.from_config(config, **more).save_pretrained('teacher/transformer')
-    assert peak('lazy', lora='both') < 2.5  # two bytes of bf16, one tensor, and no copy of four bytes
-    assert peak('whole', lora='both') > 4  # so that a copy in float32 would be seen
+
+reads_proc = pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='reads /proc')
+
+@reads_proc
+def test_a_shared_network_is_never_there_in_float32(large):
+    lazy, whole = (measured(how, lora='both') for how in ('lazy', 'whole'))
+    assert lazy['peak'] < 2.5*lazy['weights']  # two bytes of bf16, one tensor, and no copy of four bytes
+    assert whole['peak'] > 4*whole['weights']  # so that a copy in float32 would be seen
+
+@reads_proc
+@pytest.mark.parametrize('more', [
+    dict(lora='both'), dict(lora='fake'), dict(offload=('vae', 'ema')), dict(mixed_precision='no', weight_dtype='bf16')])
+def test_a_dry_run_counts_the_set_up(large, more):
+    said = measured('lazy', **more)
+    print(said['peak']/said['counted'])
+    assert .85 < said['peak']/said['counted'] < 1.15

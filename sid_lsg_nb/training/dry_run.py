@@ -69,7 +69,7 @@ def benchmark_name(teacher: str) -> str:
 def print_memory(config: Config, world: int = 1):
     "What one process holds, and a checkpoint, counted from the shapes of a known teacher"
     from sid_lsg_nb.teachers.registry import model_shapes
-    from sid_lsg_nb.training.memory import MemorySettings, memory_budget, print_memory_budget
+    from sid_lsg_nb.training.memory import MemorySettings, memory_budget, print_memory_budget, setup_budget
 
     c, shapes = config, model_shapes(config.teacher)
     if shapes is None:
@@ -81,6 +81,8 @@ def print_memory(config: Config, world: int = 1):
     slices = f', networks in slices of {world} processes' if c.fsdp else ''
     title = f'memory per process{slices}, counted from shapes; workspaces come on top:'
     print_memory_budget(title, memory_budget(shapes, settings))
+    moments = ', '.join(f'{k} {v/2**30:.3g} GiB' for k, v in setup_budget(shapes, settings).items())
+    print(f'before the first step: {moments}; a card has to hold whatever is most')
     print_host_and_disk(c, shapes, settings)
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'LoraView', 'plain_copy', 'activation_bytes', 'MemorySettings', 'sliced_weights', 'gathered_weights',
-           'empty_network', 'width', 'weights_budget', 'memory_budget', 'checkpoint_bytes', 'host_budget',
-           'count_lora_weights', 'print_memory_budget']
+           'empty_network', 'width', 'weights_budget', 'memory_budget', 'checkpoint_bytes', 'setup_budget',
+           'host_budget', 'count_lora_weights', 'print_memory_budget']
 
 # %% ../../nbs/6_training/03_memory.ipynb #979edef1
 import copy, itertools
@@ -206,18 +206,33 @@ def checkpoint_bytes(shapes: ModelShapes, settings: MemorySettings = MemorySetti
     return sum(whole[k] for k in LEARNED)
 
 
+def setup_budget(
+    shapes: ModelShapes,  # of the teacher
+    settings: MemorySettings = MemorySettings(),
+) -> dict[str, int]:  # bytes by moment, on the GPU
+    """What a process holds before the first step: the text encoder alone while prompts go into a file, and all networks
+    when they are made. What learns begins in float32, for its average to begin there, and is cast after that"""
+    s, held = settings, weights_budget(shapes, settings)
+    weights = {k: held[k]//width(precision_of(s.precision).weights) for k in ('fake', 'generator')}
+    begun = 0 if s.fsdp else 4*(sum(weights.values()) + ('ema' in s.offload)*weights['generator'])
+    settled = sum(held[k] + held[f"{k}'s second moments"] for k in weights)
+    stay = sum(held[k] for k in ('teacher', 'text encoder', 'VAE', 'EMA'))
+    encoder = int(shapes.text*1e6)*shapes.text_width
+    first = {'while prompts are encoded': encoder + held['VAE']} if s.cache_text else {}
+    return first | {'while networks are made': stay + max(begun, settled)}
+
+
 def host_budget(
     shapes: ModelShapes,  # of the teacher
     settings: MemorySettings = MemorySettings(),
 ) -> dict[str, int]:  # bytes by moment
-    """What a process whose networks are on a GPU takes of the machine's own memory: while the teacher is read, in
-    float32 (a network in slices comes tensor by tensor), and after that"""
-    s, weights = settings, [q.numel() for q in empty_network(shapes).parameters()]
-    network = max(weights) if s.fsdp else sum(weights)
+    """What a process whose networks are on a GPU takes of the machine's own memory: while the teacher is read, whose
+    network comes out of its files tensor by tensor, and after that"""
+    s, largest = settings, max(q.numel() for q in empty_network(shapes).parameters())
     averages = weights_budget(shapes, replace(s, offload=()))['EMA'] if 'ema' in s.offload else 0
     text = int(shapes.text*1e6)*shapes.text_width
     return {
-        'while the teacher is read': 4*network + text + int(shapes.vae*4e6),
+        'while the teacher is read': 4*largest + text + int(shapes.vae*4e6),
         'then': averages + s.cache_text*text + ('vae' in s.offload)*int(shapes.vae*4e6)}
 
 # %% ../../nbs/6_training/03_memory.ipynb #04fb922f
