@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Denoiser', 'StudentStart', 'ModelShapes', 'Teacher', 'shape_of_latent', 'PipelineTeacher', 'check_sides',
-           'saved_size', 'stock_call', 'vae_shrink', 'count_weights', 'folder_shapes', 'find_pipeline', 'pipeline_name',
-           'scheduler_config', 'read_config', 'pipeline_class', 'check_class', 'check_no_prediction_type']
+           'saved_size', 'stock_call', 'vae_shrink', 'in_format', 'count_weights', 'folder_shapes', 'find_pipeline',
+           'pipeline_name', 'scheduler_config', 'read_config', 'pipeline_class', 'check_class',
+           'check_no_prediction_type']
 
 # %% ../../nbs/2_teachers/03_base.ipynb #01034ac1
 import copy
@@ -93,7 +94,10 @@ class ModelShapes:
     hub_id:str = '' # where it is published
     shrink:int = 8 # pixels of a latent's side
     packed:int = 1 # latents of the VAE in a side of one
-    text_width:int = 4 # bytes of a number of the text encoders on a GPU
+    text_half:float = 0. # of the text encoders' weights, in millions, those that are in bfloat16 on a GPU
+
+    @property
+    def text_bytes(self)->int: return int(self.text*1e6)*4 - int(self.text_half*1e6)*2 # of the text encoders on a GPU
 
     def at_size(self, height:int, width:int)->'ModelShapes': # pixels
         "The same for pictures of another size"
@@ -287,15 +291,17 @@ class PipelineTeacher(Teacher):
     exports = ('lora', 'fp16', 'bf16', *Teacher.exports)
     network = 'transformer' # name of the part that is distilled
     text_encoders = ('text_encoder',) # names of the parts that read the prompt
+    large_text_encoders = () # of them, those with billions of weights
     shapes_of_config = None # as `make` of `folder_shapes`; None: a folder is counted only as published
     size_options = {} # of the stock pipeline's call, where it is told a size
     stock_step = 1 # the stock pipeline refuses sides that are no multiple of it, whatever its parts are
     student_scheduler = {} # entries of scheduler_config.json by which a student is told; True: it is given
 
     @classmethod
-    def part_dtypes(cls, dtype:torch.dtype, _device)->dict|torch.dtype: # as `open_pipeline` takes them
-        "Number formats to read the parts in: all in one, unless a family knows better"
-        return dtype
+    def part_dtypes(cls, dtype:torch.dtype, device)->dict: # as `open_pipeline` takes them
+        "Number formats to read the parts in: all in one, but for large text encoders, which are bfloat16 on a GPU"
+        large = torch.bfloat16 if torch.device(device).type == 'cuda' else dtype
+        return {'': dtype} | dict.fromkeys(cls.large_text_encoders, large)
 
     @classmethod
     def read(cls,
@@ -330,7 +336,8 @@ class PipelineTeacher(Teacher):
     @classmethod
     def shapes(cls, path)->ModelShapes|None: # None: not known before it is fetched
         "What a folder says about its size; or what is published"
-        own = cls.shapes_of_config and folder_shapes(path, cls.shapes_of_config, cls.network, cls.text_encoders)
+        text = cls.text_encoders, cls.large_text_encoders
+        own = cls.shapes_of_config and folder_shapes(path, cls.shapes_of_config, cls.network, *text)
         return own or super().shapes(path)
 
     @classmethod
@@ -459,6 +466,13 @@ def vae_shrink(config:dict)->int: # of the VAE
     widths = config.get('block_out_channels') or config.get('encoder_block_out_channels') or [0]*4
     return 2**len(config.get('temperal_downsample') or widths[1:])
 
+def in_format(net:nn.Module, dtype:torch.dtype)->nn.Module: # of diffusers or transformers
+    "The same if its numbers are in this format; else a copy on the CPU where they are"
+    if net.dtype == dtype: return net
+    cast = lambda t: t.detach().to('cpu', dtype if t.is_floating_point() else t.dtype, copy=True)
+    new = {id(p): nn.Parameter(cast(p), p.requires_grad) for p in net.parameters()}
+    return copy.deepcopy(net, new | {id(b): cast(b) for b in net.buffers()})   # which takes these as copied already
+
 def count_weights(folder:Path)->int:
     "How many numbers the safetensors files of a folder hold, read from their headers"
     count = 0
@@ -471,15 +485,16 @@ def folder_shapes(
     make, # (the network's config, millions of weights of text encoders and of the VAE) -> `ModelShapes`
     network:str='transformer', # name of the part that is distilled
     text:tuple[str, ...]=('text_encoder',), # names of the text encoders
+    large:tuple[str, ...]=(), # of those that are bfloat16 on a GPU
 )->ModelShapes|None: # None: it is not on this machine
     "What a folder says about its size"
     folder = EMBEDDED/'teacher' if str(path) == 'embedded' else Path(path).expanduser()
     config, vae = (read_config(folder/part/'config.json') for part in (network, 'vae'))
     if not config: return None
     config = {k: v for k, v in config.items() if k[0] != '_'}
-    said, drawn = (sum(count_weights(folder/part) for part in parts)/1e6 for parts in (text, ('vae',)))
+    said, half, drawn = (sum(count_weights(folder/part) for part in parts)/1e6 for parts in (text, large, ('vae',)))
     whole = make(config, said, drawn)
-    whole = replace(whole, shrink=vae_shrink(vae)*whole.packed)
+    whole = replace(whole, shrink=vae_shrink(vae)*whole.packed, text_half=half)
     size = saved_size(read_config(folder/'model_index.json'))
     return whole.at_size(*size) if size else whole
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core import Cond, InputError, atomic_folder, noise_for
 from ..method.schedule import FlowSchedule
 from .loading import require
-from .base import Denoiser, PipelineTeacher, check_no_prediction_type
+from .base import Denoiser, PipelineTeacher, check_no_prediction_type, in_format
 from ..method.rollout import few_steps, step_times
 from .student import Student, student_folder, write_vocabulary_files
 
@@ -59,6 +59,7 @@ def flow_schedule(
 class FlowTeacher(PipelineTeacher):
     "A flow-matching pipeline; each family of this kind is a subclass"
     default_t_init = 1. # stock pipelines begin with noise of size 1
+    large_text_encoders = ('text_encoder',)
     student_scheduler = dict(_class_name='FlowMatchEulerDiscreteScheduler', shift=1., stochastic_sampling=True)
 
     @classmethod
@@ -124,9 +125,11 @@ class FlowTeacher(PipelineTeacher):
     )->Path: # the folder
         "Write the generator as a pipeline that stock diffusers opens; raises `InputError` unless t_init is 1"
         self.check_t_init(t_init)
+        parts, low = dict(self.pipe.components), next(net.parameters()).dtype
+        large = {k: in_format(parts[k], low) for k in self.large_text_encoders if parts.get(k) is not None}
         with atomic_folder(folder) as tmp:
             pipe = type(self.pipe)(
-                **self.pipe.components | dict(transformer=net.net, scheduler=one_step_flow_scheduler())
+                **parts | large | dict(transformer=net.net, scheduler=one_step_flow_scheduler())
             )
             pipe.register_to_config(**self.own_entries())
             pipe.save_pretrained(tmp)

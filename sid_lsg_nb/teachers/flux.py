@@ -10,7 +10,7 @@ __all__ = ['FLUX_LAYOUT', 'GUIDANCE', 'FLUX_SHAPES', 'FLUX2_LAYOUT', 'FLUX2_STEP
 # %% ../../nbs/2_teachers/14_flux.ipynb #flux0003
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -115,9 +115,13 @@ def flux_shapes(
     latent = config.get('in_channels', 64)//4, 128, 128
     return ModelShapes(FluxDenoiser, FluxTransformer2DModel, config, latent, said, text, vae, hub_id)
 
-FLUX_SHAPES = { # as published; T5-XXL's encoder and CLIP-L, and a VAE of 16 channels
-    'flux1-dev': flux_shapes(dict(guidance_embeds=True), 4885.4, 83.8, hub_id='black-forest-labs/FLUX.1-dev'),
-    'flux1-schnell': flux_shapes({}, 4885.4, 83.8, hub_id='black-forest-labs/FLUX.1-schnell')}
+def _flux_shapes(name:str, **config)->ModelShapes:
+    "As published: T5-XXL's encoder and CLIP-L before it, a VAE of 16 channels behind it"
+    shapes = flux_shapes(config, 4885.4, 83.8, f'black-forest-labs/{name}')
+    return replace(shapes, text_half=4762.3)
+
+FLUX_SHAPES = {
+    'flux1-dev': _flux_shapes('FLUX.1-dev', guidance_embeds=True), 'flux1-schnell': _flux_shapes('FLUX.1-schnell')}
 
 # %% ../../nbs/2_teachers/14_flux.ipynb #flux0020
 @dataclass
@@ -130,6 +134,7 @@ class FluxTeacher(FlowTeacher):
     published = FLUX_SHAPES
     shapes_of_config = staticmethod(flux_shapes)
     text_encoders = 'text_encoder', 'text_encoder_2'
+    large_text_encoders = ('text_encoder_2',)
     patch = 2 # packing makes the patches, not the network
 
     @classmethod
@@ -283,8 +288,8 @@ def flux2_shapes(
     "What the memory of a run is counted from"
     said = dict(encoder_hidden_states=(512, config.get('joint_attention_dim', 15360)))
     latent = config.get('in_channels', 128), 64, 64
-    return ModelShapes(
-        Flux2Denoiser, Flux2Transformer2DModel, config, latent, said, text, vae, hub_id, shrink=16, packed=2)
+    shapes = Flux2Denoiser, Flux2Transformer2DModel, config, latent, said, text, vae, hub_id
+    return ModelShapes(*shapes, shrink=16, packed=2, text_half=text)
 
 def _klein_shapes(name:str, two:int, one:int, heads:int, width:int, text:float)->ModelShapes:
     "Blocks of two streams and of one, heads of 128; three layers of Qwen3 before it, of this width"

@@ -8,7 +8,7 @@ __all__ = ['PIXART_PIPELINES', 'ONE_STEP_LMS', 'PIXART_PARTS', 'PIXART_LAYOUTS',
            'pixart_shapes', 'PixArtTeacher', 'load_pixart', 'PixArtStudent', 'load_pixart_student']
 
 # %% ../../nbs/2_teachers/07_pixart.ipynb #022a4aa9
-import copy, shutil
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from ..core import Cond, atomic_folder, cond_expand, cond_map, to_device
 from ..method.schedule import DiscreteSchedule
 from .text_encoder import TextEncoder, token_counter
 from .loading import PLAIN_VAE, T5_TOKENIZERS, Layout, require
-from .base import Denoiser, ModelShapes, PipelineTeacher, find_pipeline, pipeline_name
+from .base import Denoiser, ModelShapes, PipelineTeacher, find_pipeline, in_format, pipeline_name
 from .student import Student, betas_until, load_student
 
 # %% ../../nbs/2_teachers/07_pixart.ipynb #8cce8d98
@@ -164,7 +164,7 @@ def pixart_shapes(
     if side == 128 if micro is None else micro: said |= dict(resolution=(2,), aspect_ratio=(1,))
     latent = config.get('in_channels', 4), side, side
     shapes = PixArtDenoiser, PixArtTransformer2DModel, config, latent, said, text, vae, hub_id
-    return ModelShapes(*shapes, text_width=2)
+    return ModelShapes(*shapes, text_half=text)
 
 def _pixart_shapes(name:str, length:int=120, **more)->ModelShapes: # more: of the config
     "T5-XXL's encoder before it, Stable Diffusion's VAE or SDXL's behind it"
@@ -185,12 +185,8 @@ class PixArtTeacher(PipelineTeacher):
     stock_step = 8
     published, shapes_of_config = PIXART_SHAPES, staticmethod(pixart_shapes)
     student_scheduler = ONE_STEP_LMS
+    large_text_encoders = ('text_encoder',)
     size_options = dict(use_resolution_binning=False)
-
-    @classmethod
-    def part_dtypes(cls, dtype, device)->dict:
-        "On a GPU the 4.8 billion weights of the text encoder come in bfloat16"
-        return {'': dtype, 'text_encoder': torch.bfloat16 if torch.device(device).type == 'cuda' else dtype}
 
     @classmethod
     def from_pipeline(cls,
@@ -237,9 +233,7 @@ class PixArtTeacher(PipelineTeacher):
     )->Path: # the folder
         "Write the generator as a complete pipeline that stock diffusers opens: whole, or not at all"
         low = next(net.parameters()).dtype
-        text, vae = (
-            m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.text.model, self.vae)
-        )
+        text, vae = (in_format(m, low) for m in (self.text.model, self.vae))
         pipe = type(self.pipe)(
             self.pipe.tokenizer, text, vae, net.net, one_step_lms_scheduler(self.pipe.scheduler, t_init)
         )

@@ -142,7 +142,8 @@ def qwen_image_shapes(
     latent = config.get('in_channels', 64)//4, 128, 128
     said = dict(
         encoder_hidden_states=(512, config.get('joint_attention_dim', 3584)), encoder_hidden_states_mask=(512,))
-    return ModelShapes(QwenImageDenoiser, QwenImageTransformer2DModel, config, latent, said, text, vae, hub_id)
+    shapes = QwenImageDenoiser, QwenImageTransformer2DModel, config, latent, said, text, vae, hub_id
+    return ModelShapes(*shapes, text_half=text)
 
 @dataclass
 class QwenImageTeacher(FlowTeacher):

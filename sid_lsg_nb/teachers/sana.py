@@ -121,7 +121,8 @@ def sana_shapes(
     side = config.get('sample_size', 32)
     said = dict(encoder_hidden_states=(300, config['caption_channels']), encoder_attention_mask=(300,))
     latent = config.get('in_channels', 32), side, side
-    return ModelShapes(SanaDenoiser, SanaTransformer2DModel, config, latent, said, text, vae, hub_id, shrink=32)
+    shapes = SanaDenoiser, SanaTransformer2DModel, config, latent, said, text, vae, hub_id
+    return ModelShapes(*shapes, shrink=32, text_half=text)
 
 SANA_600M = dict(num_layers=28, num_attention_heads=36, num_cross_attention_heads=16, cross_attention_head_dim=72)
 SANA_1600M = dict(num_layers=20, num_attention_heads=70, num_cross_attention_heads=20, cross_attention_head_dim=112)

@@ -8,7 +8,7 @@ __all__ = ['CLIP_PARTS', 'SD3_LAYOUT', 'SD3_SHAPES', 'SD3TextEncoder', 'check_sd
 
 # %% ../../nbs/2_teachers/09_sd3.ipynb #95c20586
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import nn
@@ -135,7 +135,8 @@ def _sd3_shapes(name:str, blocks:int, **more)->ModelShapes: # more: of the confi
     config = dict(
         sample_size=128, num_layers=blocks, num_attention_heads=blocks, caption_projection_dim=64*blocks,
         joint_attention_dim=4096, pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=192)
-    return sd3_shapes(config | more, 5580.6, 83.8, f'stabilityai/stable-diffusion-{name}')
+    shapes = sd3_shapes(config | more, 5580.6, 83.8, f'stabilityai/stable-diffusion-{name}')
+    return replace(shapes, text_half=4762.3)
 
 SD3_SHAPES = {
     'sd3-medium': _sd3_shapes('3-medium-diffusers', 24),
@@ -153,6 +154,7 @@ class SD3Teacher(FlowTeacher):
     card_tags = SD_TAGS
     published, shapes_of_config = SD3_SHAPES, staticmethod(sd3_shapes)
     text_encoders = 'text_encoder', 'text_encoder_2', 'text_encoder_3'
+    large_text_encoders = ('text_encoder_3',)
 
     @classmethod
     def from_pipeline(cls, pipe, path, device='cpu', _dtype=torch.float32)->'SD3Teacher': # frozen

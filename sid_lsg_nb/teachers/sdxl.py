@@ -7,7 +7,6 @@ __all__ = ['SDXL_LAYOUT', 'SDXL_BASE', 'CLIP_G', 'SDXL_FILES', 'SDXL_SHAPES', 'S
            'check_sdxl_parts', 'sdxl_shapes', 'SDXLTeacher', 'load_sdxl', 'SDXLStudent', 'load_sdxl_student']
 
 # %% ../../nbs/2_teachers/06_sdxl.ipynb #dbeda6a2
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from ..core import Cond, atomic_folder, to_device
 from ..method.schedule import DiscreteSchedule
 from .text_encoder import TextEncoder, token_counter
 from .loading import CLIP_TOKENIZERS, PLAIN_VAE, PLAIN_UNET, Layout, SingleFileModel, require
-from .base import Denoiser, ModelShapes, PipelineTeacher
+from .base import Denoiser, ModelShapes, PipelineTeacher, in_format
 from .student import ONE_STEP_EULER, Student, load_student, one_step_scheduler
 from .student import prefix_text_keys, write_vocabulary_files
 from .stable_diffusion import CLIP_L, CLIP_PAD, SD_SCHEDULER, SD_TAGS, SD_VAE, UNetDenoiser
@@ -230,9 +229,7 @@ class SDXLTeacher(PipelineTeacher):
     )->Path: # the folder
         "Write the generator as a complete pipeline that stock diffusers opens: whole, or not at all"
         low, p = next(net.parameters()).dtype, self.pipe
-        vae, first, second = (
-            m if m.dtype == low else copy.deepcopy(m).to('cpu', low) for m in (self.vae, *self.text.models)
-        )
+        vae, first, second = (in_format(m, low) for m in (self.vae, *self.text.models))
         pipe = StableDiffusionXLPipeline(
             vae,
             first,

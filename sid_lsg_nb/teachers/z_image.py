@@ -96,7 +96,8 @@ def z_image_shapes(
     "What the memory of a run is counted from: prompts that fill all places"
     latent = config.get('in_channels', 16), 128, 128
     said = dict(encoder_hidden_states=(512, config.get('cap_feat_dim', 2560)))
-    return ModelShapes(ZImageDenoiser, ZImageTransformer2DModel, config, latent, said, text, vae, hub_id)
+    shapes = ZImageDenoiser, ZImageTransformer2DModel, config, latent, said, text, vae, hub_id
+    return ModelShapes(*shapes, text_half=text)
 
 @dataclass
 class ZImageTeacher(FlowTeacher):

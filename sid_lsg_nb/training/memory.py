@@ -169,7 +169,7 @@ def weights_budget(
     thin = count_lora_weights(denoiser, s.lora_rank) if s.lora != 'none' else 0
     learning = {k: thin if s.lora in (k, 'both') else n for k in ('fake', 'generator')}
     out = {
-        'teacher': n*width(p.teacher), 'text encoder': (not s.cache_text)*int(shapes.text*1e6)*shapes.text_width,
+        'teacher': n*width(p.teacher), 'text encoder': (not s.cache_text)*shapes.text_bytes,
         'VAE': 0 if 'vae' in s.offload else int(shapes.vae*4e6)}
     for k, m in learning.items():
         out[k] = m*width(p.weights)
@@ -217,8 +217,7 @@ def setup_budget(
     begun = 0 if s.fsdp else 4*(sum(weights.values()) + ('ema' in s.offload)*weights['generator'])
     settled = sum(held[k] + held[f"{k}'s second moments"] for k in weights)
     stay = sum(held[k] for k in ('teacher', 'text encoder', 'VAE', 'EMA'))
-    encoder = int(shapes.text*1e6)*shapes.text_width
-    first = {'while prompts are encoded': encoder + held['VAE']} if s.cache_text else {}
+    first = {'while prompts are encoded': shapes.text_bytes + held['VAE']} if s.cache_text else {}
     return first | {'while networks are made': stay + max(begun, settled)}
 
 
@@ -230,7 +229,7 @@ def host_budget(
     network comes out of its files tensor by tensor, and after that"""
     s, largest = settings, max(q.numel() for q in empty_network(shapes).parameters())
     averages = weights_budget(shapes, replace(s, offload=()))['EMA'] if 'ema' in s.offload else 0
-    text = int(shapes.text*1e6)*shapes.text_width
+    text = shapes.text_bytes
     return {
         'while the teacher is read': 4*largest + text + int(shapes.vae*4e6),
         'then': averages + s.cache_text*text + ('vae' in s.offload)*int(shapes.vae*4e6)}
