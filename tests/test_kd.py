@@ -11,9 +11,10 @@ from diffusers import DDIMScheduler
 from sid_lsg_nb.commands.doctor import check_up
 from sid_lsg_nb.core import InputError, max_abs, rng
 from sid_lsg_nb.method.guidance import predict_guided
-from sid_lsg_nb.method.methods import Recipe, make_method, path_end
+from sid_lsg_nb.method.methods import Recipe, make_method
 from sid_lsg_nb.method.rollout import Draw
 from sid_lsg_nb.method.steps import Batch, Networks
+from sid_lsg_nb.method.trajectories import path_end
 from sid_lsg_nb.teachers.registry import open_teacher
 from sid_lsg_nb.testing import tiny_pipeline
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint

@@ -1,4 +1,4 @@
-"""The lab's pages of the bundled teacher: eight methods beside each other, what settings do to diversity, and a remedy.
+"""The lab's pages of the bundled teacher: ten methods beside each other, what settings do to diversity, and a remedy.
 
     python nbs/recipes/lab_page.py --work DIR
     python nbs/recipes/lab_page.py --work DIR --page-only
@@ -20,7 +20,7 @@ from sid_lsg_nb.core import atomic_write
 
 REAL = '--real-images real-1000'
 METHODS = ('sid', 'kd', f'dmd2 {REAL}', 'sim', 'fisher', 'di', f'f_distill {REAL}',
-           'decoupled_dmd --guidance long --kappa 1.5')
+           'decoupled_dmd --guidance long --kappa 1.5', 'lcm', 'scm')
 SETTINGS = ('sid', 'sid --kappa 1', 'sid --kappa 2', 'sid --kappa 1.6 --guidance-t-max 200', 'sid --alpha 1.2',
             'sid --student-steps 2')
 REMEDY = 'sid --kappa 1.6 --guidance-t-max 200', 'sid --kappa 1'

@@ -42,6 +42,10 @@ class Schedule:
 
     def sigma(self, t:Tensor)->Tensor: raise NotImplementedError # [B] -> [B]
 
+    def slopes(self, t:Tensor)->tuple[Tensor, Tensor]: # [B] -> [B], [B]
+        "How fast alpha_t and sigma_t change with the time"
+        return torch.func.jvp(lambda time: (self.alpha(time), self.sigma(time)), (t,), (torch.ones_like(t),))[1]
+
     def levels(self, t:Tensor, like:Tensor)->tuple[Tensor, Tensor]:
         "alpha_t and sigma_t of times [B], shaped and typed to multiply `like` [B, ...]"
         return expand_like(self.alpha(t).to(like.dtype), like), expand_like(self.sigma(t).to(like.dtype), like)
@@ -125,6 +129,10 @@ class DiscreteSchedule(Schedule):
     def alpha(self, t:Tensor)->Tensor: return self.table(t.device)[0][t]
 
     def sigma(self, t:Tensor)->Tensor: return self.table(t.device)[1][t]
+
+    def slopes(self, t:Tensor)->tuple[Tensor, Tensor]: # [B] -> [B], [B]
+        "For each row half of what changes between its neighbours"
+        return tuple(torch.gradient(level)[0][t] for level in self.table(t.device))
 
     @cached_property
     def x0_defined_until(self)->int:

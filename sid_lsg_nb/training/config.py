@@ -68,8 +68,9 @@ class Config:
     # pipeline has for that)
     negative_prompt: str = ''
     # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
-    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; kd (the teacher's own path, no fake); or
-    # FILE.py:NAME, a loss or a method of your own. Naming a file runs it
+    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; without a fake, along the teacher's own path:
+    # kd (its end), lcm and scm (its neighbouring points); or FILE.py:NAME, a loss or a method of your own. Naming a
+    # file runs it
     method: str = 'sid'
     # SHA-256 of the file of your own method, filled in when a run begins: the run goes on with no other
     method_sha256: str = ''
@@ -86,7 +87,8 @@ class Config:
     # of the fake's loss; snr is the plain error of epsilon
     fake_loss_weight: Literal[
         'none', 'snr', 'sqrt-snr', '1/sigma', '1/sigma^2', '1-t', '1-t-squared', 'edm', 'velocity'] = 'snr'
-    regression_steps: int = 8 # of kd: the teacher's, from the generator's noise to a picture
+    # of kd, lcm and scm: of the teacher's path, from the generator's noise to a picture
+    regression_steps: int = 8
     # of the fake, each with its own prompts and noise, before each of the generator; DMD2 takes 5 to 10
     fake_updates: int = 1
     # images after which the generator learns, and not only the fake; default: 0; with --real-images or --init a
@@ -333,7 +335,7 @@ def check_guidance(config: Config):
         raise InputError('--guidance-t-max bounds guidance, and all its scales are 1; leave it away, or give --kappa')
 
 
-METHODS_OF_MORE = 'dmd2', 'f_distill', 'decoupled_dmd', 'kd'  # with a head, a second objective, or no fake
+METHODS_OF_MORE = 'dmd2', 'f_distill', 'decoupled_dmd', 'kd', 'lcm', 'scm'  # with a head, a second objective, or no fake
 METHOD_NAMES = 'sid', 'sim', 'fisher', 'di', *METHODS_OF_MORE  # rows of the package, known before PyTorch is loaded
 
 
@@ -398,6 +400,7 @@ def check_combinations(config: Config):
             'leave one away: the discriminator learns in the fake\'s own weights'),
         ('lora', 'fsdp', lora and c.fsdp, either),
         ('lora', 'compile', lora and c.compile, either),
+        ('method scm', 'compile', c.method == 'scm' and c.compile, 'it is differentiated in forward mode: leave one away'),
         (
             'lora of the generator', 'offload ema', c.lora in ('generator', 'both') and ema,
             'leave it away: the average of a LoRA is small'),
