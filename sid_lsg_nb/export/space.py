@@ -132,7 +132,7 @@ def app_text(
     more = ''.join(f', {k}={v!r}' for k, v in (STOCK_CALLS[start.kind] | size).items())
     told = dict(kind=start.kind, shape=latent_shape_of(folder), more=more)
     if steps == 1: return head + ONE_STEP.format(**told) + PAGE
-    return head + FEW_STEPS.format(**told, rows=start.t_init + 1, times=step_times(start.t_init, steps)) + PAGE
+    return head + FEW_STEPS.format(**told, rows=start.t_init + 1, times=step_times(start.t_init, steps, known=start.times)) + PAGE
 
 # %% ../../nbs/5_export/06_space.ipynb #space010
 DRAWING = 'torch', 'diffusers', 'transformers', 'accelerate', 'safetensors', 'sentencepiece' # for stock pipelines

@@ -47,6 +47,8 @@ class Recipe:
     guidance_t_max: float = math.inf  # guidance acts at t below it; from there on all are asked without
     t_init: float = 625  # the generator's own time, where sigma/alpha is about 2.5
     student_steps: int = 1  # of the generator: from t_init linearly down, each trained in turn
+    student_shift: float = 1.0  # of their times, see `step_times`
+    student_times: tuple = ()  # a list of times instead, falling from t_init
     renoise: str = 'fresh'  # noise between its steps: fresh, or fixed (the start noise again)
     regression_steps: int = 8  # of kd, lcm and scm: of the teacher's path, from the generator's noise to a picture
     fake_updates: int = 1  # of the fake, before each of the generator
@@ -61,7 +63,8 @@ class Recipe:
 def rollout_of(recipe:Recipe)->Rollout:
     "One step, or as many as it says"
     r = recipe
-    return OneStep(r.t_init) if r.student_steps == 1 else FewSteps(r.t_init, r.student_steps, r.renoise)
+    if r.student_steps == 1: return OneStep(r.t_init)
+    return FewSteps(r.t_init, r.student_steps, r.renoise, r.student_shift, r.student_times)
 
 
 def score_distillation(recipe:Recipe, loss:Loss)->ScoreDistillation:

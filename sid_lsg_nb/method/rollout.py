@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['SIGMA_INIT', 'RENOISE', 'denoise_from', 'few_steps', 'one_step', 'step_times', 'teacher_sample', 'Draw', 'Rollout',
-           'OneStep', 'sample_step', 'FewSteps', 'generate']
+           'OneStep', 'sample_step', 'check_times', 'FewSteps', 'generate']
 
 # %% ../../nbs/1_method/05_rollout.ipynb #2e440015
 import hashlib
+import math
 from dataclasses import dataclass, replace
 from typing import Protocol
 import torch
 from torch import Tensor
 from ..core import Cond, InputError
 from .guidance import predict_guided
+from .schedule import shift_time
 
 # %% ../../nbs/1_method/05_rollout.ipynb #d5f3e910
 SIGMA_INIT = 2.5   # sigma/alpha of the generator's input: t = 625 for Stable Diffusion (SiD, 2404.04057)
@@ -56,14 +58,17 @@ def one_step(
 def step_times(
     t_init:int|float, # the first time; a whole number means that times are a table's rows
     steps:int, # how many; 1 .. t_init in a table
+    shift:float=1., # above 1: more of them early, where the noise is (see `shift_time`)
+    known:tuple=(), # a list of one's own; taken where it has so many steps
 )->list: # of integers, or of floats where t_init is one
     "t_init, then linearly down: 625 -> [625, 469, 312, 156] for 4 steps; raises `InputError` for no steps or too many"
+    if known and len(known) == steps: return [*known]
     if not t_init > 0:
         raise InputError(f't_init {t_init} must be above 0; leave it out to have it derived from sigma/alpha = 2.5')
     most = t_init if isinstance(t_init, int) else 1_000
     if not 1 <= steps <= most:
         raise InputError(f'{steps} generator steps cannot be spread below t = {t_init}; give 1 to {most}')
-    times = [t_init*(steps - k)/steps for k in range(steps)]
+    times = [t_init*shift_time((steps - k)/steps, shift) for k in range(steps)]
     return [round(t) for t in times] if isinstance(t_init, int) else times
 
 # %% ../../nbs/1_method/05_rollout.ipynb #47adbc6c
@@ -143,21 +148,31 @@ def sample_step(
 RENOISE = 'fresh', 'fixed' # noise between the steps: new, or the start noise again
 
 
+def check_times(times:tuple, t_init:int|float):
+    "Raise `InputError` unless they fall from t_init and stay above 0"
+    if times[0] == t_init and all(a > b for a, b in zip(times, [*times[1:], 0])): return
+    told = ' '.join(f'{t:g}' for t in times)
+    raise InputError(f'the times {told} of the steps must fall from t_init, {t_init:g}, and stay above 0')
+
+
 @dataclass(frozen=True)
 class FewSteps:
     "Ask, noise the answer to the next time, ask again; every update trains one step (2505.12674)"
     t_init:int|float = 625 # the first time
     steps:int = 4 # from t_init linearly down
     renoise:str = 'fresh' # one of `RENOISE`
+    shift:float = 1. # of the times, see `step_times`
+    known:tuple = () # a list of one's own, falling from t_init, instead of both
 
     def __post_init__(self):
         if self.renoise not in RENOISE:
             raise InputError(f'renoise {self.renoise!r} is not known; use {" or ".join(RENOISE)}')
         if not isinstance(self.steps, int): raise InputError(f'steps {self.steps!r} must be a whole number')
-        step_times(self.t_init, self.steps)
+        if not 0 < self.shift < math.inf: raise InputError(f'a shift of {self.shift} of the times; give a number above 0')
+        check_times(self.times, self.t_init)
 
     @property
-    def times(self)->tuple: return tuple(step_times(self.t_init, self.steps))
+    def times(self)->tuple: return tuple(step_times(self.t_init, self.steps, self.shift, self.known))
 
     def draw(self, draw:Draw, rng:torch.Generator)->Draw:
         "The step that is trained, and the noise up to it"

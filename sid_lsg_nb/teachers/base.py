@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Denoiser', 'StudentStart', 'ModelShapes', 'Teacher', 'shape_of_latent', 'PipelineTeacher', 'check_sides',
-           'saved_size', 'stock_call', 'vae_shrink', 'in_format', 'count_weights', 'folder_shapes', 'find_pipeline',
-           'pipeline_name', 'scheduler_config', 'read_config', 'pipeline_class', 'check_class',
+           'saved_size', 'saved_times', 'stock_call', 'vae_shrink', 'in_format', 'count_weights', 'folder_shapes',
+           'find_pipeline', 'pipeline_name', 'scheduler_config', 'read_config', 'pipeline_class', 'check_class',
            'check_no_prediction_type']
 
 # %% ../../nbs/2_teachers/03_base.ipynb #01034ac1
@@ -80,6 +80,7 @@ class StudentStart:
     t_init:float|None = None # None: not known
     sigma:float|None = None # sigma_t/alpha_t there; None: not known
     call:dict = field(default_factory=lambda: dict(num_inference_steps=1, guidance_scale=0)) # of the stock pipeline
+    times:tuple = () # of several steps
 
 @dataclass(frozen=True, eq=False)
 class ModelShapes:
@@ -122,6 +123,7 @@ class Teacher:
     path:str # what it was opened from
     vae:nn.Module = field(default_factory=nn.Identity) # between latents and pictures, if it has one
     vae_offload_device:str = '' # device where the VAE waits while nothing is decoded; '': it stays where it is
+    student_times:tuple = field(default=(), kw_only=True) # of a generator of several steps, kept where it is saved
 
     kinds = () # names in `FAMILIES`: classes that a model_index.json names, or one word of the family's own
     title = '' # for people
@@ -357,11 +359,12 @@ class PipelineTeacher(Teacher):
     def student_start(cls, folder)->StudentStart:
         "The last row of the scheduler's table, if it has one; and what the call must say"
         kind, betas = pipeline_name(folder), scheduler_config(folder).get('trained_betas')
-        call = stock_call(read_config(Path(folder).expanduser()/'model_index.json'), cls.size_options)
-        if not betas: return StudentStart(kind, call=call)
+        index = read_config(Path(folder).expanduser()/'model_index.json')
+        call, times = stock_call(index, cls.size_options), saved_times(index)
+        if not betas: return StudentStart(kind, call=call, times=times)
         kept = math.prod(1 - b for b in betas) # alpha_t^2
         sigma = math.sqrt((1 - kept)/kept) if kept > 0 else math.inf
-        return StudentStart(kind, len(betas) - 1, sigma, call)
+        return StudentStart(kind, len(betas) - 1, sigma, call, times)
 
     @property
     def default_latent_shape(self)->tuple[int, int, int]: # (C, H, W)
@@ -389,8 +392,9 @@ class PipelineTeacher(Teacher):
         return self
 
     def own_entries(self)->dict:
-        "What the index of a student says that diffusers passes over: the size, where one was set"
-        return dict(zip(('_height', '_width'), self.image_size)) if self.image_size else {}
+        "What the index of a student says that diffusers passes over: the size, where one was set; times of its steps"
+        size = dict(zip(('_height', '_width'), self.image_size)) if self.image_size else {}
+        return size | (dict(_times=list(self.student_times)) if len(self.student_times) > 1 else {})
 
     def modules(self)->dict[str, nn.Module]:
         "All networks by name"
@@ -451,6 +455,12 @@ def saved_size(
     "The size that a folder was made at"
     size = index.get('_height'), index.get('_width')
     return size if None not in size else None
+
+def saved_times(
+    index, # of a model_index.json, or the config of a pipeline that was read from it
+)->tuple: # falling; empty: it has one step, or does not say
+    "The times of a generator's steps"
+    return tuple(index.get('_times') or ())
 
 def stock_call(
     index:dict, # of a student's model_index.json

@@ -219,7 +219,8 @@ class EDMTeacher(Teacher):
     @classmethod
     def student_start(cls, folder)->StudentStart:
         "The noise level that it starts at"
-        return StudentStart('EDM', None, read_config(Path(folder)/'config.json').get('sigma_init'))
+        config = read_config(Path(folder)/'config.json')
+        return StudentStart('EDM', None, config.get('sigma_init'), times=tuple(config.get('times', ())))
 
     @classmethod
     def student_time(cls, folder)->float:
@@ -277,9 +278,8 @@ class EDMTeacher(Teacher):
 
     def save(self, net:EDMDenoiser, folder, t_init:float)->Path:
         "Write a one-step generator; see `save_edm`"
-        return save_edm(
-            net.net, folder, self.schedule.sigma(torch.tensor(t_init, dtype=torch.float64)).item()
-        )
+        sigma = self.schedule.sigma(torch.tensor(t_init, dtype=torch.float64)).item()
+        return save_edm(net.net, folder, sigma, self.student_times)
 
 @dataclass
 class EDMStudent:
@@ -297,17 +297,14 @@ class EDMStudent:
         "One picture per prompt; seeds: one integer each, default 0, 1, 2, ..."
         t, seeds = self.teacher, [int(s) for s in (range(len(prompts)) if seeds is None else seeds)]
         zs = [noise_for([s + 1_000_003*k for s in seeds], t.latent_shape).to(t.device) for k in range(steps)]
-        return t.decode(
-            few_steps(
-                t.denoiser, zs, t.text(list(prompts)), step_times(t.schedule.sigma_to_t(t.sigma_init), steps)
-            )
-        )
+        times = step_times(t.schedule.sigma_to_t(t.sigma_init), steps, known=t.student_times)
+        return t.decode(few_steps(t.denoiser, zs, t.text(list(prompts)), times))
 
-def edm_teacher(net:EDMPrecond, path:str='', device='cpu', sigma_init:float|None=None)->EDMTeacher:
+def edm_teacher(net:EDMPrecond, path:str='', device='cpu', **own)->EDMTeacher: # own: more fields of the teacher
     "A frozen teacher around a network"
     net = net.to(device).eval().requires_grad_(False)
     denoiser, text = EDMDenoiser(net, KarrasSchedule()), ClassEncoder(net.classes, device)
-    return EDMTeacher(denoiser, text, path, sigma_init=sigma_init)
+    return EDMTeacher(denoiser, text, path, **own)
 
 # %% ../../nbs/2_teachers/13_edm.ipynb #74ffd994
 def tiny_edm(
@@ -328,12 +325,12 @@ def save_edm(
     net:EDMPrecond, # a teacher's or a generator's network
     folder, # where; replaced if it exists
     sigma_init:float|None=None, # for a one-step generator: it is asked at this level
+    times:tuple=(), # of several steps
 )->Path: # the folder
     "Write config.json and model.safetensors, both or neither"
+    more = (dict(sigma_init=sigma_init) if sigma_init else {}) | (dict(times=list(times)) if len(times) > 1 else {})
     with atomic_folder(folder) as tmp:
-        (tmp/'config.json').write_text(
-            json.dumps(net.config | (dict(sigma_init=sigma_init) if sigma_init else {}), indent=1) + '\n'
-        )
+        (tmp/'config.json').write_text(json.dumps(net.config | more, indent=1) + '\n')
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}, tmp/'model.safetensors'
         )
@@ -384,7 +381,7 @@ def read_official_edm(path:Path, key:str)->EDMPrecond:
     with torch.device('meta'): net = song_unet(config)
     return load_exact(net, state)
 
-def read_edm_folder(folder:Path)->tuple[EDMPrecond, float|None]: # and its sigma_init
+def read_edm_folder(folder:Path)->tuple[EDMPrecond, dict]: # and what a generator says: sigma_init, student_times
     "The network that `save_edm` wrote; raises `InputError` for a folder that is none, or broken"
     try:
         config, state = (
@@ -396,7 +393,7 @@ def read_edm_folder(folder:Path)->tuple[EDMPrecond, float|None]: # and its sigma
             f'holds no EDM network ({type(e).__name__}); give a folder written by save_edm, or the '
             'official .pkl'
         ) from e
-    sigma_init = config.pop('sigma_init', None)
+    own = dict(sigma_init=config.pop('sigma_init', None), student_times=tuple(config.pop('times', ())))
     try:
         with torch.device('meta'): net = edm_from_config(config)
     except (KeyError, TypeError, AttributeError) as e:
@@ -404,7 +401,7 @@ def read_edm_folder(folder:Path)->tuple[EDMPrecond, float|None]: # and its sigma
             f'has a config.json that is not of save_edm ({type(e).__name__} {str(e)[:60]}); save the '
             'network again'
         ) from e
-    return load_exact(net, state), sigma_init
+    return load_exact(net, state), own
 
 def load_edm(
     path, # official .pkl (or training-state .pt), or a folder of `save_edm`
@@ -414,12 +411,12 @@ def load_edm(
     "Open an EDM teacher, or a one-step generator made of one; raises `InputError` for anything that is none"
     path = Path(path).expanduser()
     try:
-        net, sigma_init = read_edm_folder(path) if path.is_dir() else (read_official_edm(path, key), None)
+        net, own = read_edm_folder(path) if path.is_dir() else (read_official_edm(path, key), {})
     except InputError as e:
         raise type(e)(
             str(e) if str(e).startswith((path.name, repr(str(path)))) else f'{path.name} {e}'
         ) from None
-    return edm_teacher(net, str(path), device, sigma_init)
+    return edm_teacher(net, str(path), device, **own)
 
 def load_edm_student(
     path, # run folder, generator/ inside it, or an official SiD .pkl

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core import Cond, InputError, atomic_folder, noise_for
 from ..method.schedule import FlowSchedule
 from .loading import require
-from .base import Denoiser, PipelineTeacher, check_no_prediction_type, in_format
+from .base import Denoiser, PipelineTeacher, check_no_prediction_type, in_format, saved_times
 from ..method.rollout import few_steps, step_times
 from .student import Student, student_folder, write_vocabulary_files
 
@@ -223,7 +223,7 @@ class FlowStudent(Student):
                 p.denoiser,
                 [z.to(p.device) for z in zs],
                 p.text(list(prompts)),
-                step_times(p.default_t_init, steps),
+                step_times(p.default_t_init, steps, known=saved_times(p.pipe.config)),
             )
         )
 

@@ -559,8 +559,8 @@ def assemble_pipeline(layout:Layout, index:dict, made:dict):
     pipe.register_to_config(**{k: v for k, v in index.items() if k in OWN_ENTRIES})
     return pipe
 
-# of a model_index.json: see `PipelineTeacher.set_size`; and what FLUX.2 says of itself
-OWN_ENTRIES = '_height', '_width', '_guidance_scale', 'is_distilled'
+# of a model_index.json: see `PipelineTeacher.own_entries`; and what FLUX.2 says of itself
+OWN_ENTRIES = '_height', '_width', '_times', '_guidance_scale', 'is_distilled'
 
 def print_variants(folder:Path, parts, path):
     "Say which parts came from another copy than the full one"

@@ -16,7 +16,8 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, LCMScheduler
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from ..core import InputError, noise_for
-from .base import Denoiser, PipelineTeacher, Teacher, check_sides, saved_size, shape_of_latent
+from .base import Denoiser, PipelineTeacher, Teacher, check_sides, saved_size, saved_times
+from .base import shape_of_latent
 from ..method.rollout import step_times
 
 # %% ../../nbs/2_teachers/04_student.ipynb #5f20d3c7
@@ -127,7 +128,7 @@ class Student:
             pipe = self.with_scheduler(few)
             how = dict(
                 latents=z*(1 - few.alphas_cumprod[t_init])**0.5,
-                timesteps=step_times(t_init, steps),
+                timesteps=step_times(t_init, steps, known=saved_times(self.pipe.config)),
                 generator=[torch.Generator().manual_seed(s + 1_000_003) for s in seeds],
             )
         pipe.set_progress_bar_config(disable=True)

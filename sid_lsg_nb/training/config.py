@@ -109,6 +109,10 @@ class Config:
     t_init: int | float | None = None
     # of the generator; more than one re-noises in between, and every step is trained in turn
     student_steps: int = 1
+    # of their times: above 1 more of them early, where the noise is (3 as a flow's scheduler with shift 3)
+    student_shift: float = 1.0
+    # a list of times of one's own, falling from t_init, e.g. 625 500 250; default: linearly down, shifted
+    student_times: tuple[float, ...] = ()
     # noise between the steps in training: new, or the start noise again; drawing takes new noise
     renoise: Literal['fresh', 'fixed'] = 'fresh'
     # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
@@ -510,7 +514,8 @@ def recipe_of(
         for k in (
             'alpha', 'loss_weight', 'distance', 'space', 'divergence', 'augmentation_t_min', 'augmentation_t_max',
             'timestep_sampling_augmentation', 'timestep_sampling', 'timestep_sampling_fake',
-            'fake_loss_weight', 'fake_updates', 'student_steps', 'renoise', 'regression_steps')
+            'fake_loss_weight', 'fake_updates', 'student_steps', 'student_shift', 'student_times', 'renoise',
+            'regression_steps')
     }
     times = dict(
         t_min=lo if c.t_min is None else c.t_min, t_max=hi if c.t_max is None else c.t_max, t_init=t_init,

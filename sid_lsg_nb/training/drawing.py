@@ -63,7 +63,8 @@ def student_draw(
         noise = lambda k: noise_for([s + 1_000_003*k for s in seeds], teacher.latent_shape).to(teacher.device)
         zs = [noise(k) for k in range(steps)]
         with on_device(net, teacher.device):
-            x = few_steps(net, zs, teacher.text(prompts), step_times(t_init, steps))
+            times = step_times(t_init, steps, known=teacher.student_times)
+            x = few_steps(net, zs, teacher.text(prompts), times)
         return teacher.decode(x)
     return draw
 

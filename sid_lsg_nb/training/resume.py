@@ -117,7 +117,7 @@ def load_state(thing, state: dict, sharded: bool):  # a network or an optimiser
 def config_on_all_ranks(config: Config, processes: Distributed) -> Config:
     """The settings of the whole run: a resumed run's are the first process's, which sees its folder; else raises
     `InputError` if they are not the same for all"""
-    config = processes.run_on_all(lambda: with_t_init(with_method_sha(check(config))))
+    config = processes.run_on_all(lambda: with_method_sha(check(with_t_init(config))))
     processes.require_same({f'the version of {k}': v for k, v in library_versions('peft').items()})
     if processes.any_rank(bool(config.resume)):
         return processes.broadcast(config)

@@ -262,7 +262,7 @@ def train(config: Config = Config()) -> Path | None:  # the run folder
     """Distil a teacher into a one-step generator and leave a complete run folder; raises `InputError` for input
     that cannot work, `Diverged` for a run that went wrong, `RunError` if something after training failed"""
     processes, locks = Distributed(config.device), []
-    config = processes.run_on_all(lambda: with_t_init(check(config)))
+    config = processes.run_on_all(lambda: check(with_t_init(config)))
     for note in processes.notes if processes.is_main else ():
         print(note)
     if config.dry_run:
