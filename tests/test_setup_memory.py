@@ -107,14 +107,16 @@ def test_a_run_is_the_same_as_one_whose_teacher_was_opened_whole(place, case):
         for k, v in state.items(): assert v.dtype == lazy[role][k].dtype and torch.equal(v, lazy[role][k]), (role, k)
     assert not any(p.is_meta for net in job.teacher.modules().values() for p in net.parameters())
 
-@pytest.mark.parametrize('lora', ['none', 'both'])
-def test_a_generator_that_begins_as_a_lora(place, lora):
-    "Its factors, or the teacher's weights with them: both are made of numbers that wait in files otherwise"
+STARTS = ('lora', 'none'), ('lora', 'both'), ('student', 'fake'), ('student/unet/diffusion_pytorch_model.safetensors', 'none')
+
+@pytest.mark.parametrize('init, lora', STARTS)
+def test_a_generator_that_does_not_begin_as_the_teacher(place, init, lora):
+    "A LoRA's factors, the teacher's weights with them, a student's folder and its file"
     tiny_pipeline('teacher')
     job, _ = play(lora='both')
     save_student(job.teacher, plain_copy(job.ema.net), 'student', job.t_init)
     export_to(Export('student', to='lora', base='teacher', device='cpu', rank=2, out='lora'))
-    more = dict(init='lora', lora=lora, t_init=625, mixed_precision='bf16')
+    more = dict(init=init, lora=lora, t_init=625, mixed_precision='bf16')
     (_, lazy), (_, whole) = play(**more), play(open_teacher('teacher'), **more)
     for role, state in whole.items():
         for k, v in state.items(): assert torch.equal(v, lazy[role][k]), (role, k)
