@@ -105,7 +105,8 @@ class Config:
     augmentation_t_min: int | float | None = None
     augmentation_t_max: int | float | None = None # see augmentation_t_min
     timestep_sampling_augmentation: str | None = None # how they are drawn; default: as timestep_sampling
-    # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion)
+    # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion); for kd, lcm and scm the last
+    # time, where the teacher's paths begin
     t_init: int | float | None = None
     # of the generator; more than one re-noises in between, and every step is trained in turn
     student_steps: int = 1

@@ -20,7 +20,7 @@ from ..data.prompts import Prompts, open_prompts, prompts_from_list
 from ..data.real_images import RealBatches, encode_folder
 from ..data.text_cache import cache_text, text_networks
 from ..method.adversary import Discriminator
-from ..method.methods import Recipe, make_method
+from ..method.methods import FROM_NOISE, Recipe, make_method
 from ..method.optim import EMA, make_adam
 from ..method.schedule import DiscreteSchedule
 from ..method.steps import Method, Networks, distill
@@ -101,9 +101,10 @@ def with_times(recipe: Recipe, teacher: Teacher) -> Recipe:
         raise InputError(
             f'teacher {teacher.path!r} has a table of {len(schedule)} times; give whole numbers for t_init, t_min, '
             f't_max and student_times')
-    t_init = teacher.default_t_init if recipe.t_init is None else recipe.t_init
-    t_init = t_init if table else float(t_init)  # a whole number would mean a table's row
     last = len(schedule) - table if hasattr(schedule, '__len__') else 1
+    usual = min(last, schedule.x0_defined_until - 1) if recipe.method in FROM_NOISE else teacher.default_t_init
+    t_init = usual if recipe.t_init is None else recipe.t_init
+    t_init = t_init if table else float(t_init)  # a whole number would mean a table's row
     if t_init > last:
         raise InputError(
             f't_init {t_init} lies beyond the teacher\'s last time, {last}; leave it out to have it derived')
