@@ -23,9 +23,9 @@ from .commands.status import status
 
 # %% auto #0
 __all__ = ['COMMANDS', 'NO_NETWORKS', 'free_folder', 'find_run_config', 'warn_unknown_words', 'require_prompt',
-           'student_and_prompts', 'refuse_negative_prompt', 'sample', 'is_distributed', 'last_value', 'default_preset',
-           'defaults_of', 'print_status', 'print_help', 'without_option', 'require_named', 'command_of', 'parse',
-           'silence_libraries', 'read_command', 'print_error', 'end_process', 'main']
+           'student_and_prompts', 'refuse_negative_prompt', 'sampler_for', 'sample', 'is_distributed', 'last_value',
+           'default_preset', 'defaults_of', 'print_status', 'print_help', 'without_option', 'require_named',
+           'command_of', 'parse', 'silence_libraries', 'read_command', 'print_error', 'end_process', 'main']
 
 # %% ../nbs/7_commands/08_cli.ipynb #9fa26b7b
 def free_folder(root:str)->Path:
@@ -88,34 +88,44 @@ def refuse_negative_prompt(student: str, run: Config):
         'away, or give it to distill')
 
 
+def sampler_for(args: Sample, where: str):  # (prompts, seeds) -> pictures
+    "How a student draws, or with `kappa` a teacher; raises `InputError`"
+    from sid_lsg_nb.commands.sources import make_sampler, open_source, sampler_of, at_size
+    from sid_lsg_nb.teachers.registry import open_student
+
+    size, device = (args.height, args.width), pick_device(args.device)
+    if args.kappa is not None:
+        return make_sampler(
+            open_source(where), device, steps=args.steps, kappa=args.kappa, size=size,
+            negative_prompt=args.negative_prompt)[0]
+    run = find_run_config(where)
+    if args.negative_prompt: refuse_negative_prompt(where, run)
+    steps = run.student_steps if args.steps is None else args.steps
+    if steps < 1: raise InputError(f'steps {steps} must be at least 1')
+    return sampler_of(at_size(open_student(where, device), *size), steps)
+
+
 def sample(args: Sample) -> Path:  # the folder
     "Draw, save, and say where; raises `InputError` before anything is written"
     where, prompts = student_and_prompts(args)
     from PIL import Image
     from tqdm.auto import tqdm
-    from sid_lsg_nb.commands.sources import at_size
-    from sid_lsg_nb.teachers.registry import open_student
 
-    run = find_run_config(where)
-    steps = run.student_steps if args.steps is None else args.steps
-    if steps < 1 or args.batch < 1:
-        raise InputError(f'steps {steps} and batch {args.batch} must be at least 1')
+    if args.batch < 1: raise InputError(f'batch {args.batch} must be at least 1')
     folder = Path(args.out).expanduser() if args.out else free_folder('pictures')
     if folder.exists():
         raise InputError(
             f'--out {args.out} exists; choose another folder, or leave --out away for the next free pictures/N'
         )
-    student = at_size(open_student(where, pick_device(args.device)), args.height, args.width)
-    if args.negative_prompt: refuse_negative_prompt(where, run)
-    if run.teacher == 'embedded':
+    draw = sampler_for(args, where)
+    if where == 'embedded' or args.kappa is None and find_run_config(where).teacher == 'embedded':
         warn_unknown_words(prompts)
     folder.mkdir(parents=True)
     every = []
     for i in tqdm(range(0, len(prompts), args.batch), unit='batch', disable=len(prompts) <= args.batch):
         every.append(
-            student(
-                prompts[i : i + args.batch], range(args.seed + i, args.seed + min(i + args.batch, len(prompts))),
-                steps).cpu()
+            draw(
+                prompts[i : i + args.batch], range(args.seed + i, args.seed + min(i + args.batch, len(prompts)))).cpu()
         )
         for j, pixels in enumerate(to_uint8(every[-1]), i):
             Image.fromarray(pixels).save(folder / f'{j:05d}.png')

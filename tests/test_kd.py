@@ -16,7 +16,7 @@ from sid_lsg_nb.method.rollout import Draw
 from sid_lsg_nb.method.steps import Batch, Networks
 from sid_lsg_nb.method.trajectories import path_end
 from sid_lsg_nb.teachers.registry import open_teacher
-from sid_lsg_nb.testing import tiny_pipeline
+from sid_lsg_nb.testing import tiny_pipeline, tiny_sd3
 from sid_lsg_nb.training.checkpoint import checkpoints, load_checkpoint
 from sid_lsg_nb.training.config import Config
 from sid_lsg_nb.training.job import iterate, setup
@@ -94,3 +94,13 @@ def test_a_run_goes_on_and_is_gone_on_from(tmp_path):
     assert {*job.nets.learners} == {'fake', 'generator'} and job.method.freeze_generator_until == 1
     with pytest.raises(InputError, match='no fake to look at'):
         check_up(setup(config))
+
+@pytest.mark.parametrize('method', ['kd', 'lcm', 'scm'])
+def test_it_begins_where_the_paths_do(tmp_path, method):
+    start = lambda teacher, **more: setup(Config(
+        teacher=str(teacher), prompts=str(tmp_path / 'p.txt'), device='cpu', total_batch_size=4, max_train_images=8,
+        method=method, **more)).t_init
+    (tmp_path / 'p.txt').write_text('a red cat\na blue dog\n')
+    assert (start(tiny_pipeline(tmp_path / 'sd')), start(tmp_path / 'sd', t_init=600)) == (999, 600)
+    assert start(tiny_sd3(tmp_path / 'flow')) == 1.0
+    assert setup(Config(method='sid', device='cpu', max_train_images=160)).t_init == 625

@@ -15,17 +15,20 @@ __all__ = ['Sample', 'Status', 'Doctor', 'Evaluate', 'Compare', 'Lab', 'Demo', '
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
 class Sample:
-    "Draw pictures with a distilled generator, one network step each"
-    # run folder, or the generator/ inside it; default: "shipped", the student that comes with the package
+    "Draw pictures with a distilled generator, one network step each; with --kappa with a teacher"
+    # run folder, or the generator/ inside it; default: "shipped", the student that comes with the package; with
+    # --kappa a teacher, as distill takes it
     student: tyro.conf.Positional[str] = ''
     text: tyro.conf.Positional[tuple[str, ...]] = () # prompts, each in quotes
     prompts: str = ''   # file of prompts, as --prompts of distill, instead of or after those
     out: str = ''       # folder for the pictures, must not exist; default: the next free pictures/N
     seed: int = 0       # picture i uses seed + i
-    steps: int | None = None # network steps; default: as many as the generator was trained for
+    steps: int | None = None # network steps; default: as many as the generator was trained for, 25 with --kappa
+    kappa: float | None = None # draw as a many-step teacher with this guidance scale
     height: int | None = None # of the pictures, in pixels; with width; default: what the student was made for
     width: int | None = None # see height
-    negative_prompt: str = '' # refused: a student's guidance is inside it; give it to distill, evaluate --kappa or demo
+    # with kappa: what guidance leads away from; refused without, for a student's guidance is inside it
+    negative_prompt: str = ''
     batch: int = 16     # pictures drawn at once
     device: str = 'auto' # auto, cpu, cuda, mps
 

@@ -116,7 +116,8 @@ class Config:
     student_times: tuple[float, ...] = ()
     # noise between the steps in training: new, or the start noise again; drawing takes new noise
     renoise: Literal['fresh', 'fixed'] = 'fresh'
-    # folder of real pictures: adds SiDA's adversary in the fake's encoder; '': none, prompts are all the data
+    # folder of real pictures, or of a teacher's (sid-lsg sample TEACHER --kappa 3 --prompts FILE): adds SiDA's adversary
+    # in the fake's encoder; '': none, prompts are all the data
     real_images: str = ''
     # the generator's adversarial loss beside its own loss (published: 0.01 beside 100)
     gan_weight_generator: float = 1e-4
