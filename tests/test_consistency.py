@@ -137,7 +137,7 @@ def test_the_generator_comes_nearer_to_the_ends_of_the_paths(bundled, method):
             return (one_step(job.ema.net, z, cond, 625) - ends).abs().mean()
 
     before = away()
-    for _, _state in zip(range(40), iterate(job)):
+    for _, _state in zip(range(24), iterate(job)):
         pass
     print(f'{method}: {before:.3f} to {away():.3f}')
     assert away() < 0.9 * before

@@ -177,7 +177,8 @@ def changed_settings(old: Config, new: Config) -> list[str]:
     "Names of settings that differ, also of prompts and teacher that moved; raises `InputError` for `FIXED_SETTINGS`"
     require_same_method(old.method_sha256, new.method_sha256)
     names = [f.name for f in fields(Config) if f.name not in OF_ONE_RUN]
-    keys = [k for k in names if getattr(old, k) != getattr(new, k)]
+    value = lambda config, k: tuple(v) if isinstance(v := getattr(config, k), list) else v  # JSON has no tuples
+    keys = [k for k in names if value(old, k) != value(new, k)]
     wrong = [f'{k} (was {getattr(old, k)!r}, now {getattr(new, k)!r})' for k in keys if k in FIXED_SETTINGS]
     if wrong:
         raise InputError(
