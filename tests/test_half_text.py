@@ -1,5 +1,5 @@
-"""On a GPU text encoders with billions of weights are bfloat16: they say almost the same, are counted so, and a student is
-saved in one number format all the same."""
+"""On a GPU text encoders with billions of weights are bfloat16: they say almost the same, are counted so, and a student
+is saved in one number format all the same."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_what_they_say_is_float32_and_nearly_the_same(make, tmp_path):
     assert half.keys() == whole.keys()
     for k, v in whole.items():
         assert half[k].dtype == v.dtype and half[k].shape == v.shape
-        if v.is_floating_point(): assert (half[k] - v).abs().max() <= .06*v.abs().max(), k  # bf16 keeps 8 bits of a number
+        if v.is_floating_point(): assert (half[k] - v).abs().max() <= .06*v.abs().max(), k  # bf16 keeps 8 bits
 
 @pytest.mark.parametrize('make', LARGE)
 def test_a_student_is_saved_in_the_format_of_its_network(make, tmp_path):
@@ -71,7 +71,7 @@ def test_a_folder_counts_them_so(make, tmp_path):
     teacher, shapes = opened(folder, 'cuda'), model_shapes(folder)
     parts = [m for k, m in teacher.pipe.components.items() if k.startswith('text_encoder') and m is not None]
     held = sum(p.nbytes for m in parts for p in m.parameters())
-    if make is not tiny_qwen_image: assert shapes.text_bytes == pytest.approx(held, abs=8)  # its file holds tied weights once
+    if make is not tiny_qwen_image: assert shapes.text_bytes == pytest.approx(held, abs=8)  # tied: once in its file
     assert bool(shapes.text_half) == (make in LARGE)
 
 @pytest.mark.parametrize('name', published_models())

@@ -31,8 +31,8 @@ def test_the_pictures_are_the_teachers(tmp_path):
 def test_guidance_leads_away_from_words(tmp_path):
     for name, more in (('plain', []), ('away', ['--negative-prompt', 'a flat rose'])):
         main([
-            'sample', 'embedded', PROMPTS[1], '--kappa', '3', '--steps', '2', '--device', 'cpu', '--out', str(tmp_path / name),
-            *more])
+            'sample', 'embedded', PROMPTS[1], '--kappa', '3', '--steps', '2', '--device', 'cpu',
+            '--out', str(tmp_path / name), *more])
     a, b = (np.asarray(Image.open(tmp_path / name / '00000.png')).astype(int) for name in ('plain', 'away'))
     assert abs(a - b).max() > 3
 

@@ -21,6 +21,7 @@ from .gaussians import GaussianPair
 from .guidance import Kappa
 from .losses import LOSSES, SIM, DiffInstruct, Distance, Loss, SiD, try_loss
 from .rollout import Draw, FewSteps, OneStep, Rollout
+from .schedule import Schedule
 from .steps import Batch, Method, Networks, ScoreDistillation, ScoreTerm, Update, generator_grad
 from .trajectories import ContinuousConsistency, LatentConsistency, TrajectoryRegression
 
@@ -196,14 +197,11 @@ def make_method(
     return method
 
 # %% ../../nbs/1_method/11_methods.ipynb #exactcode
-class _Levels:
+class _Levels(Schedule):
     "A schedule by a table, time: (alpha_t, sigma_t); all samples of a batch have one time"
     def __init__(self, table:dict): self.table = table
     def alpha(self, t:Tensor)->Tensor: return torch.full((len(t),), self.table[t[0].item()][0], dtype=torch.float64)
     def sigma(self, t:Tensor)->Tensor: return torch.full((len(t),), self.table[t[0].item()][1], dtype=torch.float64)
-
-    def add_noise(self, x:Tensor, eps:Tensor, t:Tensor)->Tensor:
-        return self.alpha(t)[:, None]*x + self.sigma(t)[:, None]*eps
 
 
 class _ExactGaussian(nn.Module):

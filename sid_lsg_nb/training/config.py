@@ -68,9 +68,9 @@ class Config:
     # pipeline has for that)
     negative_prompt: str = ''
     # member of the loss family: sid (SiD with alpha), fisher (exact Fisher), sim (SIM with a distance), di
-    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; without a fake, along the teacher's own path:
-    # kd (its end), lcm and scm (its neighbouring points); or FILE.py:NAME, a loss or a method of your own. Naming a
-    # file runs it
+    # (Diff-Instruct); with --real-images dmd2 and f_distill; decoupled_dmd; without a fake, along the teacher's own
+    # path: kd (its end), lcm and scm (its neighbouring points); or FILE.py:NAME, a loss or a method of your own.
+    # Naming a file runs it
     method: str = 'sid'
     # SHA-256 of the file of your own method, filled in when a run begins: the run goes on with no other
     method_sha256: str = ''
@@ -105,8 +105,8 @@ class Config:
     augmentation_t_min: int | float | None = None
     augmentation_t_max: int | float | None = None # see augmentation_t_min
     timestep_sampling_augmentation: str | None = None # how they are drawn; default: as timestep_sampling
-    # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion); for kd, lcm and scm the last
-    # time, where the teacher's paths begin
+    # the generator's own time; default: where sigma/alpha is 2.5 (625 for Stable Diffusion); for kd, lcm and scm the
+    # last time, where the teacher's paths begin
     t_init: int | float | None = None
     # of the generator; more than one re-noises in between, and every step is trained in turn
     student_steps: int = 1
@@ -116,8 +116,8 @@ class Config:
     student_times: tuple[float, ...] = ()
     # noise between the steps in training: new, or the start noise again; drawing takes new noise
     renoise: Literal['fresh', 'fixed'] = 'fresh'
-    # folder of real pictures, or of a teacher's (sid-lsg sample TEACHER --kappa 3 --prompts FILE): adds SiDA's adversary
-    # in the fake's encoder; '': none, prompts are all the data
+    # folder of real pictures, or of a teacher's (sid-lsg sample TEACHER --kappa 3 --prompts FILE): adds SiDA's
+    # adversary in the fake's encoder; '': none, prompts are all the data
     real_images: str = ''
     # the generator's adversarial loss beside its own loss (published: 0.01 beside 100)
     gan_weight_generator: float = 1e-4
@@ -341,7 +341,7 @@ def check_guidance(config: Config):
         raise InputError('--guidance-t-max bounds guidance, and all its scales are 1; leave it away, or give --kappa')
 
 
-METHODS_OF_MORE = 'dmd2', 'f_distill', 'decoupled_dmd', 'kd', 'lcm', 'scm'  # with a head, a second objective, or no fake
+METHODS_OF_MORE = 'dmd2', 'f_distill', 'decoupled_dmd', 'kd', 'lcm', 'scm'  # with more than one loss
 METHOD_NAMES = 'sid', 'sim', 'fisher', 'di', *METHODS_OF_MORE  # rows of the package, known before PyTorch is loaded
 
 
@@ -406,7 +406,9 @@ def check_combinations(config: Config):
             'leave one away: the discriminator learns in the fake\'s own weights'),
         ('lora', 'fsdp', lora and c.fsdp, either),
         ('lora', 'compile', lora and c.compile, either),
-        ('method scm', 'compile', c.method == 'scm' and c.compile, 'it is differentiated in forward mode: leave one away'),
+        (
+            'method scm', 'compile', c.method == 'scm' and c.compile,
+            'it is differentiated in forward mode: leave one away'),
         (
             'lora of the generator', 'offload ema', c.lora in ('generator', 'both') and ema,
             'leave it away: the average of a LoRA is small'),

@@ -77,8 +77,8 @@ def find_prompts(data: DataSettings, processes: Distributed) -> Prompts | None: 
 
 
 def with_t_init(config: Config) -> Config:
-    """The settings, with the generator's own time if something says it: the first of `student_times`, which also say how
-    many steps there are, or where the student of `init` was trained; raises `InputError`"""
+    """The settings, with the generator's own time if something says it: the first of `student_times`, which also say
+    how many steps there are, or where the student of `init` was trained; raises `InputError`"""
     if config.student_times:
         times = tuple(int(t) if t == int(t) else t for t in config.student_times)
         if config.student_steps not in (1, len(times)):
@@ -196,8 +196,8 @@ def open_on_all_ranks(
     processes: Distributed,
     teacher: Teacher | None,  # if it is open already
 ) -> tuple[Teacher, str]:
-    """The teacher, its network in its files and its text encoder on the CPU where they can be, its autoencoder where the
-    settings want it; and the fingerprint on which all processes agree"""
+    """The teacher, its network in its files and its text encoder on the CPU where they can be, its autoencoder where
+    the settings want it; and the fingerprint on which all processes agree"""
     load = lambda: open_teacher(
         settings.teacher, processes.device, prediction_type=settings.prediction_type)
     teacher = teacher or processes.run_on_all(load)
@@ -256,7 +256,8 @@ def setup(
     method = processes.run_on_all(lambda: method_of(s, teacher))
     teacher.student_times = tuple(method.rollout.times)
     real = processes.run_on_all(lambda: real_batches_of(s.data, teacher, processes))
-    frozen, learning = processes.run_on_all(lambda: build_networks(s.networks, teacher, method, resumed, processes.device))
+    frozen, learning = processes.run_on_all(
+        lambda: build_networks(s.networks, teacher, method, resumed, processes.device))
     prompts = prompts or prompts_from_list(teacher.prompts)
     processes.require_same({'the number of real pictures': str(real and len(real.latents))})
     emas = averages_of(learning['generator'], s.optimizer)  # before the network is cut into slices
