@@ -76,7 +76,9 @@ CASES = {  # settings, those of several processes
              eval_reference='real'), dict(fsdp=True)),
     "a discriminator's head": (dict(teacher='unet', method='dmd2', **PICTURES), dict(fsdp=True)),
     'flow, real pictures': (dict(teacher='flow', **PICTURES), dict(fsdp=True)),
-    'LoRA, 8-bit Adam': (dict(teacher='unet', lora='fake', lora_rank=2, use_8bit_adam=True), {})}
+    'fp16, 8-bit Adam': (dict(teacher='unet', mixed_precision='fp16', use_8bit_adam=True), dict(fsdp=True)),
+    'bf16 weights, 8-bit Adam': (dict(teacher='flow', weight_dtype='bf16', use_8bit_adam=True), dict(fsdp=True)),
+    'LoRA, 8-bit Adam': (dict(teacher='unet', lora='fake', lora_rank=256, use_8bit_adam=True), {})}
 
 @pytest.mark.parametrize('case', CASES)
 def test_the_same_bytes_whoever_holds_them(disks, case):
@@ -94,7 +96,8 @@ def test_the_same_bytes_whoever_holds_them(disks, case):
     assert not (b / 'run').exists()
     if '8-bit' in case:
         kept = load_file(newest(a) / 'state.safetensors')
-        assert any(k.endswith('state2') and v.dtype == torch.uint8 for k, v in kept.items())
+        assert any(k.endswith('codes') and v.dtype == torch.uint8 and v.any() for k, v in kept.items())
+        assert any(k.endswith('scales') and v.dtype == torch.float32 and v.any() for k, v in kept.items())
 
 SLICED = dict(teacher='unet', max_train_images=24, lr=1e-3, lr_fake=1e-3, fsdp=True)
 

@@ -416,7 +416,7 @@ class Learner:
         if getattr(self.optimizer, '_step_supports_amp_scaling', False):
             self.optimizer.found_inf = skipped
             self.optimizer.step()
-        elif not skipped: self.optimizer.step()                              # 8-bit states: this one has to wait
+        elif not skipped: self.optimizer.step()                              # one that does not know this: it waits
         self.optimizer.zero_grad(set_to_none=True)
 
     def discard(self, *others:'Learner')->StepResult: # as `step`, all 0

@@ -155,7 +155,7 @@ class Config:
     # learn low-rank additions on the teacher's weights, which are then shared; usually wants a larger lr
     lora: Literal['none', 'fake', 'generator', 'both'] = 'none'
     lora_rank: int = 64            # of the LoRA
-    use_8bit_adam: bool = False    # Adam's states in 8 bits; needs bitsandbytes
+    use_8bit_adam: bool = False    # Adam's second moments in 8 bits: a byte for a weight, not four
     # what waits on the CPU: the VAE while nothing is decoded; the average (EMA), at the cost of a transfer
     # per step
     offload: tuple[Literal['vae', 'ema'], ...] = ()
@@ -412,7 +412,6 @@ def check_combinations(config: Config):
         (
             'lora of the generator', 'offload ema', c.lora in ('generator', 'both') and ema,
             'leave it away: the average of a LoRA is small'),
-        ('use-8bit-adam', 'fsdp', c.use_8bit_adam and c.fsdp, either),
         ('offload ema', 'fsdp', ema and c.fsdp, either)]
     for a, b, both, cure in apart:
         if both:

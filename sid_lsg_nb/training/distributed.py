@@ -517,7 +517,7 @@ def make_learner(
     shard: bool = False,  # slices instead of copies
     clip: float | None = None,  # see `Learner`
     eps: float | None = None,  # Adam's; None: the precision's
-    use_8bit_adam: bool = False,  # its states in 8 bits
+    use_8bit_adam: bool = False,  # its second moments in 8 bits, in slices too
 ) -> Learner:
     "A network ready to learn in these processes"
     p = precision_of(precision)

@@ -21,7 +21,7 @@ from ..data.real_images import RealBatches, encode_folder
 from ..data.text_cache import cache_text, text_networks
 from ..method.adversary import Discriminator
 from ..method.methods import FROM_NOISE, Recipe, make_method
-from ..method.optim import EMA, make_adam
+from ..method.optim import EMA
 from ..method.schedule import DiscreteSchedule
 from ..method.steps import Method, Networks, distill
 from ..teachers.base import Denoiser, Teacher
@@ -187,8 +187,7 @@ def check_inputs(settings: RunSettings, processes: Distributed):
     if settings.networks.init: find_start(settings.networks.init)
     check_layer(settings.recipe, teacher)
     if data.real_images: images_from_folder(Path(data.real_images).expanduser())
-    some = [torch.nn.Parameter(torch.zeros(1))]
-    make_adam(some, use_8bit_adam=settings.optimizer.use_8bit_adam)  # is the package there?
+
 
 
 def open_on_all_ranks(

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LEARNED', 'LoraView', 'plain_copy', 'activation_bytes', 'MemorySettings', 'sliced_weights', 'gathered_weights',
-           'empty_network', 'width', 'weights_budget', 'memory_budget', 'checkpoint_bytes', 'setup_budget',
-           'host_budget', 'count_lora_weights', 'print_memory_budget']
+           'empty_network', 'width', 'learned_weights', 'moments_budget', 'weights_budget', 'memory_budget',
+           'checkpoint_bytes', 'setup_budget', 'host_budget', 'lora_weights', 'count_lora_weights',
+           'print_memory_budget']
 
 # %% ../../nbs/6_training/03_memory.ipynb #979edef1
 import copy, itertools
@@ -17,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from ..teachers.base import Denoiser, ModelShapes
+from ..method.optim import moment_bytes
 from ..method.sequential import SavedTensorMemory
 from .distributed import fsdp_blocks, precision_of
 
@@ -159,6 +161,20 @@ def width(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
+def learned_weights(denoiser: Denoiser, settings: MemorySettings, role: str) -> list:
+    "The tensors that a network learns"
+    if settings.lora in (role, 'both'): return lora_weights(denoiser, settings.lora_rank)
+    return [*denoiser.parameters()]
+
+
+def moments_budget(weights: list, settings: MemorySettings) -> int:
+    "Bytes of the second moments of weights, or of the largest slice of them"
+    s, size = settings, width(precision_of(settings.precision).weights)
+    whole = [moment_bytes(q.shape, size, s.use_8bit_adam) for q in weights]
+    if not s.fsdp: return sum(whole)
+    return sum(kept//len(q)*-(-len(q)//s.world) for kept, q in zip(whole, weights))
+
+
 def weights_budget(
     shapes: ModelShapes,  # of the teacher
     settings: MemorySettings = MemorySettings(),
@@ -173,7 +189,7 @@ def weights_budget(
         'VAE': 0 if 'vae' in s.offload else int(shapes.vae*4e6)}
     for k, m in learning.items():
         out[k] = m*width(p.weights)
-        out[f"{k}'s second moments"] = m*(2 if s.use_8bit_adam else width(p.weights))
+        out[f"{k}'s second moments"] = moments_budget(learned_weights(denoiser, s, k), s)
     out["gradient, one network's"] = max(learning.values())*width(p.weights)
     if s.fsdp: out['whole, block by block'] = gathered_weights(denoiser.net)*width(p.weights)
     out['EMA'] = 0 if 'ema' in s.offload else learning['generator']*4*(1 + len(s.more_ema_halflives))
@@ -235,9 +251,14 @@ def host_budget(
         'then': averages + s.cache_text*text + ('vae' in s.offload)*int(shapes.vae*4e6)}
 
 # %% ../../nbs/6_training/03_memory.ipynb #04fb922f
+def lora_weights(denoiser: Denoiser, rank: int) -> list:
+    "The tensors of one adapter"
+    return [*LoraView(copy.deepcopy(denoiser.net), 'count', rank, denoiser.lora_targets).own]
+
+
 def count_lora_weights(denoiser: Denoiser, rank: int) -> int:
     "Weights of one adapter"
-    return sum(q.numel() for q in LoraView(copy.deepcopy(denoiser.net), 'count', rank, denoiser.lora_targets).own)
+    return sum(q.numel() for q in lora_weights(denoiser, rank))
 
 
 def print_memory_budget(title: str, parts: dict[str, int]):

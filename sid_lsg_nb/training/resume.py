@@ -19,6 +19,7 @@ import torch
 from filelock import FileLock, Timeout
 from ..core import InputError, atomic_write, library_versions, read_json_or
 from ..data.prompts import count_truncated, describe_truncated, prompt_hashes
+from ..method.optim import moment_bytes
 from .checkpoint import CheckpointError, join, load_latest, open_checkpoint, save_checkpoint, split
 from .config import Config, check, lr_of, with_method_sha
 from .distributed import Distributed, SentTensor, gather_in_turn, precision_of, read_like
@@ -177,7 +178,8 @@ def require_space(job: TrainingJob, folder: Path):
     nets, emas = [l.net for l in job.nets.learners.values()], [e.net for e in (job.ema, *job.more_emas)]
     size = lambda v: v.numel() * v.element_size()
     learning = [p for n in nets for p in n.parameters() if p.requires_grad]
-    moments = sum(size(p) // (4 if job.settings.optimizer.use_8bit_adam else 1) for p in learning)
+    eight = job.settings.optimizer.use_8bit_adam
+    moments = sum(moment_bytes(p.shape, p.element_size(), eight) for p in learning)
     need = moments + sum(size(v) for n in (*nets, *emas) for v in n.state_dict().values())
     free = shutil.disk_usage(folder).free
     if free < need:

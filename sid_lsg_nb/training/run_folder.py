@@ -78,7 +78,7 @@ def log_rows(file)->tuple[list[dict], int]: # the rows, and how many lines are n
 # %% ../../nbs/6_training/06_run_folder.ipynb #4d568a03
 FIXED_SETTINGS = (
     'prediction_type', 'height', 'width', 'embedded_guidance', 'negative_prompt', 'seed', 't_init', 'student_steps',
-    'student_shift', 'student_times', 'init')
+    'student_shift', 'student_times', 'init', 'use_8bit_adam')
 RENAMED = dict(gan_freeze_generator_until='freeze_generator_until')  # old name: what it is called now
 
 
