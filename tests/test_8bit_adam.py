@@ -4,11 +4,12 @@ processes as you like, before and after a checkpoint"""
 import json
 import pytest
 import torch
-from forks import finish, start_ranks
+from forks import Forked, finish, start_ranks
 from safetensors.torch import load_file
 from torch import nn
 from sid_lsg_nb.core import InputError, rng
 from sid_lsg_nb.method.optim import LeanAdam8bit, make_adam
+from sid_lsg_nb.training.checkpoint import checkpoints
 from sid_lsg_nb.training.config import Config, check
 from sid_lsg_nb.training.run_folder import changed_settings
 
@@ -95,6 +96,37 @@ def test_slices_are_the_whole(tmp_path, precision):
     assert [k for k, s in kept.items() if 'codes' in s] == ['wide.weight', 'conv.weight', 'tall.weight']
     assert all(s['codes'].dtype == torch.uint8 and s['scales'].dtype == torch.float32 for s in kept.values() if 'codes' in s)
     assert kept['wide.weight']['step'] == 6 and kept['tall.weight']['step'] == 5  # of seven, one of them bad
+
+FLAGS = (
+    '--preset embedded --total-batch-size 4 --micro-batch 2 --max-train-images 12 --log-every 4 --device cpu --n-eval 0 '
+    '--sample-every 0 --checkpoint-every 0 --lr 1e-4 --lr-fake 1e-4 --use-8bit-adam').split()
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "The bundled teacher: one process, two with copies, two with slices"
+    home = tmp_path_factory.mktemp('runs')
+    for name, world, more in (('one', 1, []), ('copies', 2, []), ('slices', 2, ['--fsdp'])):
+        words = ['-m', 'sid_lsg_nb.cli', 'distill', *FLAGS, '--out', name, *more]
+        said = finish(start_ranks(words, [home]*2) if world == 2 else [Forked(words, home)], 300)
+        assert [status for status, *_ in said] == [0]*world, ''.join(err[-1500:] for *_, err in said)
+    return home
+
+def generator(run):
+    return load_file(run / 'generator/unet/diffusion_pytorch_model.safetensors')
+
+@pytest.mark.parametrize('how', ['copies', 'slices'])
+def test_two_processes_are_one(runs, how):
+    a, b = ([json.loads(l) for l in (runs / k / 'log.jsonl').read_text().splitlines()] for k in ('one', how))
+    assert len(a) == len(b) == 3
+    for x, y in zip(a, b):
+        for k in ('loss_fake', 'fisher', 'norm', 'norm_fake'): assert x[k] == pytest.approx(y[k], rel=2e-3), k
+    one, two = generator(runs / 'one'), generator(runs / how)
+    apart = torch.cat([(one[k] - v).flatten().abs() for k, v in two.items()])
+    assert apart.mean() < 1e-6 and apart.max() < 4e-4, (apart.mean(), apart.max())
+    kept = [load_file(checkpoints(runs / k / 'checkpoints')[0] / 'state.safetensors') for k in ('one', how)]
+    codes = [k for k in kept[0] if k.endswith('codes')]
+    off = torch.cat([(kept[0][k].int() - kept[1][k].int()).flatten().abs() for k in codes])
+    assert off.numel() > 5e6 and off.float().mean() < 1e-3  # of the fake and the generator
 
 def test_moments_of_an_earlier_version_are_refused():
     "And the setting stays as the run began; slices are no reason to refuse it"

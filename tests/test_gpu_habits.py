@@ -52,6 +52,7 @@ class Watch(TorchDispatchMode):
         dict(mixed_precision='bf16', gradient_checkpointing=True),
         dict(sequential_gradient=True, clip_grad_value=1.0),
         dict(student_steps=4, method='sim'),
+        dict(use_8bit_adam=True),
     ],
     ids=str,
 )
@@ -67,8 +68,9 @@ def test_the_watch_sees():
         torch.ones(2).sum().item(), bool(torch.ones(1) > 0), torch.ones(2, device='cpu').to('meta')
     assert len(seen.asked) == 2 and len(seen.carried) == 1
 
-@pytest.mark.parametrize('gradient', [generator_grad, generator_grad_sequential])
-def test_a_step_carries_nothing(monkeypatch, gradient):
+@pytest.mark.parametrize(
+    'gradient, use_8bit_adam', [(generator_grad, False), (generator_grad_sequential, False), (generator_grad, True)])
+def test_a_step_carries_nothing(monkeypatch, gradient, use_8bit_adam):
     """Networks, prompts and noise on `meta`, which stands for the GPU: after the first step nothing comes from the
     CPU any more"""
     monkeypatch.setattr(
@@ -77,7 +79,8 @@ def test_a_step_carries_nothing(monkeypatch, gradient):
     teacher = Denoiser(
         tiny_unet().to('meta').requires_grad_(False), DiscreteSchedule.from_scheduler(DDIMScheduler())
     )
-    fake, generator = (Learner(n := teacher.copy(), make_adam(n.parameters()), clip=1.0) for _ in range(2))
+    adam = lambda net: make_adam(net.parameters(), use_8bit_adam=use_8bit_adam)
+    fake, generator = (Learner(n := teacher.copy(), adam(n), clip=1.0) for _ in range(2))
     words, ema = (
         lambda n: dict(encoder_hidden_states=torch.empty(n, 16, 16, device='meta')),
         EMA(generator.net),
