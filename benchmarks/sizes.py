@@ -1,5 +1,5 @@
-"""Which of the published sizes fit one card of 24 GB with LoRA, with and without the text encoder beside it, and eight of
-80 GB with all weights.
+"""Which of the published sizes fit one card of 24 GB with LoRA, with and without the text encoder beside it and with the
+teacher in 8 bits, and eight of 80 GB with all weights.
 
     python benchmarks/sizes.py [NAME ...]
 
@@ -23,6 +23,8 @@ LEAN = dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1, 
 PLANS = {  # column: GiB of a card as PyTorch sees it, how many cards, settings
     '1 x 24 GB, LoRA': (23.6, 1, LEAN | dict(lora='both')),
     '1 x 24 GB, LoRA, prompts encoded before': (23.6, 1, LEAN | dict(lora='both', cache_text=True)),
+    '1 x 24 GB, LoRA, prompts encoded before, teacher in 8 bits': (
+        23.6, 1, LEAN | dict(lora='both', cache_text=True, int8_teacher=True)),
     '8 x 80 GB, all weights': (79.1, 8, LEAN | dict(fsdp=True))}
 
 

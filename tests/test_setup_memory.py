@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel
 from PIL import Image
-from forks import Forked, clean_env, finish
+from forks import Forked, finish
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +20,7 @@ from sid_lsg_nb.data import prompts as prompt_files
 from sid_lsg_nb.data import text_cache
 from sid_lsg_nb.data.prompts import open_prompts
 from sid_lsg_nb.method.methods import make_method
+from sid_lsg_nb.teachers.int8 import block_linears
 from sid_lsg_nb.teachers.loading import weights_in_files
 from sid_lsg_nb.teachers.registry import open_teacher
 from sid_lsg_nb.teachers.student import save_student
@@ -27,7 +28,7 @@ from sid_lsg_nb.testing import tiny_flux, tiny_pipeline, tiny_pixart, tiny_qwen_
 from sid_lsg_nb.testing import tiny_z_image
 from sid_lsg_nb.training.config import Config, resolve, settings_of
 from sid_lsg_nb.training.job import iterate, open_on_all_ranks, place_text, setup, with_times
-from sid_lsg_nb.training.memory import LoraView, plain_copy
+from sid_lsg_nb.training.memory import INT8_ROOM, LoraView, MemorySettings, plain_copy, teacher_bytes
 from sid_lsg_nb.training.networks import build_networks
 
 # ---- the same numbers
@@ -182,6 +183,17 @@ def test_networks_reach_the_device_in_the_format_that_they_keep(place, make, lor
     tables = sum(b.nbytes for m in wholes for b in m.buffers())
     assert device.most == device.held == WIDTHS[lora, precision]*weights + thin + tables
 
+@pytest.mark.parametrize('lora', ['none', 'both'])
+def test_a_teacher_in_8_bits_is_there_in_more_one_layer_at_a_time(place, lora):
+    tiny_sd3('teacher')
+    s, teacher = settings(lora=lora, int8_teacher=True, lora_rank=1), opened()
+    method, net = make_method(with_times(s.recipe, teacher), teacher.latent_shape), teacher.denoiser.net
+    own = teacher_bytes(net, MemorySettings(int8_teacher=True)) + net.pos_embed.pos_embed.nbytes
+    largest = max(m.weight.numel() for m in block_linears(net).values())
+    with Device() as device: _, learning = build_networks(s.networks, teacher, method, device=META)
+    held = own + nbytes(*(n.net.own if lora == 'both' else n for n in learning.values()))
+    assert device.held == held < device.most <= held + INT8_ROOM*largest
+
 @pytest.mark.parametrize('offload', [(), ('vae',)])
 def test_the_text_encoder_visits_the_device_and_the_vae_stays_away(place, offload, monkeypatch):
     "With `cache_text` it is there while it encodes, and never in a second run; what stays was moved once"
@@ -210,13 +222,15 @@ def test_the_text_encoder_visits_the_device_and_the_vae_stays_away(place, offloa
 # ---- how much memory it takes
 
 PEAK = """
-import gc, json, re, sys
+import ctypes, gc, json, re, sys
 from dataclasses import replace
 from pathlib import Path
 from sid_lsg_nb.teachers.registry import model_shapes, open_teacher
 from sid_lsg_nb.training.config import Config, resolve
 from sid_lsg_nb.training.job import setup
 from sid_lsg_nb.training.memory import MemorySettings, host_budget, setup_budget
+
+ctypes.CDLL(None).mallopt(-3, 65536)  # M_MMAP_THRESHOLD: what is freed is given back, and not kept for later
 
 def memory(word): return int(re.search(rf'{word}:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1])*1024
 
@@ -236,7 +250,7 @@ print(json.dumps(dict(peak=peak, counted=counted, weights=sum(weights))))
 
 def measured(how, **more):
     "A set-up's worst moment; what is counted for device and host, with the largest tensor; weights of the network"
-    process = Forked(['-c', PEAK, how, json.dumps(more)], Path.cwd(), clean_env(MALLOC_MMAP_THRESHOLD_='65536'))
+    process = Forked(['-c', PEAK, how, json.dumps(more)], Path.cwd())
     (status, out, err), = finish([process], 120)
     assert status == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
@@ -259,7 +273,8 @@ def test_a_shared_network_is_never_there_in_float32(large):
 
 @reads_proc
 @pytest.mark.parametrize('more', [
-    dict(lora='both'), dict(lora='fake'), dict(offload=('vae', 'ema')), dict(mixed_precision='no', weight_dtype='bf16')])
+    dict(lora='both'), dict(lora='fake'), dict(offload=('vae', 'ema')), dict(mixed_precision='no', weight_dtype='bf16'),
+    dict(lora='both', int8_teacher=True)])
 def test_a_dry_run_counts_the_set_up(large, more):
     said = measured('lazy', **more)
     print(said['peak']/said['counted'])

@@ -231,6 +231,7 @@ class Bench:
     gradient_checkpointing: bool = False
     lora: Literal['none', 'fake', 'generator', 'both'] = 'none'
     lora_rank: int = 64
+    int8_teacher: bool = False
     use_8bit_adam: bool = False
     offload: tuple[Literal['vae', 'ema'], ...] = ('vae',)
     compile: bool = False

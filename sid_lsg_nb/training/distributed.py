@@ -14,6 +14,7 @@ import os, socket, sys, threading
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..core import InputError, pick_device
 from .checkpoint import CheckpointError, StoredTensor, in_file_order
 from ..method.steps import Learner
+from ..teachers.int8 import int8_layers
 from ..method.optim import make_adam
 
 # %% ../../nbs/6_training/02_distributed.ipynb #1b94480b
@@ -443,6 +445,7 @@ def read_weights(
     for name, p in net.named_parameters():
         here, *rows = own(p)
         here.copy_(files.read(name, *rows))
+    for name, layer in int8_layers(net).items(): layer.read(partial(files.read, f'{name}.weight'))
 
 
 def fsdp_blocks(net: nn.Module) -> list[nn.Module]:

@@ -22,6 +22,7 @@ TIMED = (
     'sequential_gradient',
     'gradient_checkpointing',
     'lora',
+    'int8_teacher',
     'use_8bit_adam',
     'compile',
     'channels_last',
@@ -42,7 +43,7 @@ def estimate_time(
     wanted = {k: getattr(config, k) for k in same} | dict(teacher=teacher, guided=guided, ema=ema)
     for r in rows:
         done = r['settings']
-        known = {k: done[k] for k in ('teacher', *same)} | dict(
+        known = {k: done.get(k, False) for k in ('teacher', *same)} | dict(
             guided=done['kappa'] != 1, ema='ema' in done['offload']
         )
         if r['card'] != card or known != wanted:

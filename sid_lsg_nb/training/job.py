@@ -25,13 +25,14 @@ from ..method.optim import EMA
 from ..method.schedule import DiscreteSchedule
 from ..method.steps import Method, Networks, distill
 from ..teachers.base import Denoiser, Teacher
+from ..teachers.int8 import describe_int8
 from ..teachers.loading import print_once, weights_in_files
 from ..teachers.registry import brings_prompts, is_local, open_teacher
 from ..export.initial_weights import find_start, start_time
 from .config import Config, DataSettings, OptimizerSettings, RunSettings, TeacherSettings
 from .config import lr_of, resolve, settings_of
 from .distributed import Distributed, allow_tf32, shard_fsdp
-from .networks import build_networks, check_lora, make_learners
+from .networks import build_networks, check_int8, check_lora, make_learners
 
 # %% ../../nbs/6_training/13_job.ipynb #f408e262
 @dataclass
@@ -183,6 +184,7 @@ def check_inputs(settings: RunSettings, processes: Distributed):
         open_teacher(name, 'meta', prediction_type=settings.teacher.prediction_type), settings.teacher)
     check_streams(settings, make_method(with_times(settings.recipe, teacher), teacher.latent_shape))
     check_lora(settings.networks.lora, teacher)
+    check_int8(settings.networks.int8_teacher, teacher)
     if settings.teacher.cache_text: text_networks(teacher)
     if settings.networks.init: find_start(settings.networks.init)
     check_layer(settings.recipe, teacher)
@@ -257,6 +259,7 @@ def setup(
     real = processes.run_on_all(lambda: real_batches_of(s.data, teacher, processes))
     frozen, learning = processes.run_on_all(
         lambda: build_networks(s.networks, teacher, method, resumed, processes.device))
+    if s.networks.int8_teacher: print_once(f'teacher: {describe_int8(getattr(frozen.net, "base", frozen.net))}')
     prompts = prompts or prompts_from_list(teacher.prompts)
     processes.require_same({'the number of real pictures': str(real and len(real.latents))})
     emas = averages_of(learning['generator'], s.optimizer)  # before the network is cut into slices
