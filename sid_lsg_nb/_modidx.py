@@ -3277,15 +3277,12 @@ d = { 'settings': { 'branch': 'main',
                                                                                              'sid_lsg_nb/training/memory.py'),
                                             'sid_lsg_nb.training.memory.host_budget': ( '6_training/memory.html#host_budget',
                                                                                         'sid_lsg_nb/training/memory.py'),
-<<<<<<< HEAD
+                                            'sid_lsg_nb.training.memory.largest_int8_layer': ( '6_training/memory.html#largest_int8_layer',
+                                                                                               'sid_lsg_nb/training/memory.py'),
                                             'sid_lsg_nb.training.memory.learned_weights': ( '6_training/memory.html#learned_weights',
                                                                                             'sid_lsg_nb/training/memory.py'),
                                             'sid_lsg_nb.training.memory.lora_weights': ( '6_training/memory.html#lora_weights',
                                                                                          'sid_lsg_nb/training/memory.py'),
-=======
-                                            'sid_lsg_nb.training.memory.largest_int8_layer': ( '6_training/memory.html#largest_int8_layer',
-                                                                                               'sid_lsg_nb/training/memory.py'),
->>>>>>> 47a8e05 (A teacher in 8 bits: --int8-teacher halves the frozen network's memory)
                                             'sid_lsg_nb.training.memory.memory_budget': ( '6_training/memory.html#memory_budget',
                                                                                           'sid_lsg_nb/training/memory.py'),
                                             'sid_lsg_nb.training.memory.moments_budget': ( '6_training/memory.html#moments_budget',

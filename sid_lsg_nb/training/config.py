@@ -155,14 +155,10 @@ class Config:
     # learn low-rank additions on the teacher's weights, which are then shared; usually wants a larger lr
     lora: Literal['none', 'fake', 'generator', 'both'] = 'none'
     lora_rank: int = 64            # of the LoRA
-<<<<<<< HEAD
-    use_8bit_adam: bool = False    # Adam's second moments in 8 bits: a byte for a weight, not four
-=======
     # keep the linear layers of the teacher, and of what carries a LoRA, in 8 bits: their memory is halved, and their
     # answers move less than 16 bits move them
     int8_teacher: bool = False
-    use_8bit_adam: bool = False    # Adam's states in 8 bits; needs bitsandbytes
->>>>>>> 47a8e05 (A teacher in 8 bits: --int8-teacher halves the frozen network's memory)
+    use_8bit_adam: bool = False    # Adam's second moments in 8 bits: a byte for a weight, not four
     # what waits on the CPU: the VAE while nothing is decoded; the average (EMA), at the cost of a transfer
     # per step
     offload: tuple[Literal['vae', 'ema'], ...] = ()
