@@ -4,7 +4,8 @@ They are processes of their own in all else: pid, signals, folder, environment, 
 How the command starts from nothing and how Python is torn down needs `subprocess`: each file that forks has such a run
 too."""
 
-import atexit, importlib, json, os, select, signal, socket, subprocess, sys, tempfile, threading, time, traceback
+import atexit, faulthandler, importlib, json, os, select, signal, socket, subprocess, sys, tempfile, threading
+import time, traceback
 from functools import cache
 from pathlib import Path
 
@@ -70,7 +71,8 @@ def server(fd):
     end(status or 0)
 
 def run(asked):
-    "Be the process that was asked for"
+    "Be the process that was asked for; if it crashes outside Python it says where it was"
+    faulthandler.enable()
     os.chdir(asked['cwd'])
     os.environ.clear()
     os.environ.update(asked['env'])
