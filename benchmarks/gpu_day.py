@@ -10,8 +10,7 @@ Each part is a process of its own and keeps PART.json whole after every finding;
 A bare machine needs the package's requirements. Those that an image with PyTorch, transformers, accelerate and peft usually lacks are the `WHEELS`.
 """
 
-import argparse, contextlib, functools, gc, itertools, json, os, shutil, signal, subprocess, sys, tarfile, tempfile
-import time, traceback, unittest.mock
+import argparse, contextlib, gc, itertools, json, os, shutil, signal, subprocess, sys, tarfile, tempfile, time, traceback
 from importlib import metadata
 from pathlib import Path
 
@@ -170,12 +169,6 @@ VARIANTS = {  # name: settings, how far the means of fake's loss and gap may be 
     'lora': (dict(lora='both', lora_rank=16), None),
     'compile': (dict(compile=True), 0.01)}
 
-def traced_only():
-    "Inside, `compile` traces networks and generates no code, which takes a CPU minutes"
-    from torch.nn import Module
-
-    return unittest.mock.patch.object(Module, 'compile', functools.partialmethod(Module.compile, backend='eager'))
-
 def variants(r: Report, n: int, plain):
     "Every way to compute, beside fp32"
     for name, (settings, bound) in VARIANTS.items():
@@ -185,8 +178,7 @@ def variants(r: Report, n: int, plain):
             r.add(**{name: 'no time left'})
             continue
         with r.attempt(name):
-            with traced_only() if r.o.tiny else contextlib.nullcontext():
-                found, job = losses(bundled(r.o, **settings), n)
+            found, job = losses(bundled(r.o, **settings), n)
             apart = ((found - plain).mean(0) / plain.mean(0)).abs()[[0, 2]].tolist()
             row = dict(finite=bool(found.isfinite().all()), apart=[round(a, 6) for a in apart], bound=bound)
             if job.nets['fake'].scaler:
