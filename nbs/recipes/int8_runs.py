@@ -33,8 +33,9 @@ def measured(name: str, seed: int, images: int, work: Path) -> dict:
     rows = {row['name']: row for row in json.loads((out / 'scores.json').read_text())}
     found = dict(name=name, seed=seed) | {k: rows['student, one step'][k] for k in KEPT}
     if 'lora' not in name: return found
-    saved = evaluate(Evaluate(str(out / 'generator'), protocol='tiny', out=str(out / 'saved.json'), device='cpu'))
-    return found | dict(saved=saved.values['tiny_fd'], saved_n=saved.protocol.n)
+    saved = out / 'saved.json'
+    if not saved.exists(): evaluate(Evaluate(str(out / 'generator'), protocol='tiny', out=str(saved), device='cpu'))
+    return found | dict(saved=json.loads(saved.read_text())['values']['fd'])
 
 
 def main(

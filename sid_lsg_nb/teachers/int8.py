@@ -6,13 +6,13 @@
 __all__ = ['to_int8', 'Int8Product', 'Int8Linear', 'block_linears', 'int8_layers', 'quantize_linears', 'restore_linears',
            'describe_int8']
 
-# %% ../../nbs/2_teachers/19_int8.ipynb #bc361d97
+# %% ../../nbs/2_teachers/19_int8.ipynb #7e3ff96c
 import math
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/2_teachers/19_int8.ipynb #59d8f435
+# %% ../../nbs/2_teachers/19_int8.ipynb #3ea99a50
 def to_int8(
     weight: Tensor,  # [out, in]
 ) -> tuple[Tensor, Tensor]:  # int8 [out, in]; scale of each row, float32 [out, 1]
@@ -21,7 +21,7 @@ def to_int8(
     scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-30)/127
     return (weight/scale).round_().to(torch.int8), scale
 
-# %% ../../nbs/2_teachers/19_int8.ipynb #c6b3080e
+# %% ../../nbs/2_teachers/19_int8.ipynb #d08de327
 class Int8Product(torch.autograd.Function):
     "x [..., in] times the transpose of weight*scale; what autograd keeps of the weights are the 8 bits"
 
@@ -92,7 +92,7 @@ class Int8Linear(nn.Linear):
         y = Int8Product.apply(x.to(low), self.weight, self.scale)
         return y if self.bias is None else y + self.bias.to(low)
 
-# %% ../../nbs/2_teachers/19_int8.ipynb #f6de77db
+# %% ../../nbs/2_teachers/19_int8.ipynb #63f49de8
 def block_linears(net: nn.Module) -> dict[str, nn.Linear]:  # by name
     "The linear layers in a network's blocks: in its lists of blocks, and in the middle block of a U-Net"
     parts = {name for name, m in net.named_children() if isinstance(m, nn.ModuleList)} | {'mid_block'}
