@@ -1,11 +1,12 @@
-"""Which of the published sizes fit one card of 24 GB with LoRA, with and without the text encoder beside it and with the
-teacher in 8 bits, and eight of 80 GB with all weights.
+"""Which of the published sizes fit one card of 24 GB with LoRA, with and without the text encoder beside it and with
+the teacher in 8 bits, and eight of 80 GB with all weights.
 
     python benchmarks/sizes.py [NAME ...]
 
 Nothing is measured: each row is what `sid-lsg distill --dry-run` says, counted from shapes on this machine, and no
-GPU is asked. One picture at a time in bf16 with gradient checkpointing and sequential gradients, at the size of the family's preset,
-the VAE on the CPU; the rest as the preset has it. Rows go to nbs/images/sizes.json, in the place of older ones; the chapter on the dry run shows them."""
+GPU is asked. One picture at a time in bf16 with gradient checkpointing and sequential gradients, at the size of the
+family's preset, the VAE on the CPU; the rest as the preset has it. Rows go to nbs/images/sizes.json, in the place of
+older ones; the chapter on the dry run shows them."""
 
 import argparse, contextlib, io, json, re
 from dataclasses import replace
@@ -19,7 +20,8 @@ from sid_lsg_nb.training.dry_run import dry_run
 from sid_lsg_nb.training.presets import PRESETS
 
 FILE = Path(__file__).resolve().parent.parent/'nbs/images/sizes.json'
-LEAN = dict(mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1, sequential_gradient=True, offload=('vae',))
+LEAN = dict(
+    mixed_precision='bf16', gradient_checkpointing=True, micro_batch=1, sequential_gradient=True, offload=('vae',))
 PLANS = {  # column: GiB of a card as PyTorch sees it, how many cards, settings
     '1 x 24 GB, LoRA': (23.6, 1, LEAN | dict(lora='both')),
     '1 x 24 GB, LoRA, prompts encoded before': (23.6, 1, LEAN | dict(lora='both', cache_text=True)),

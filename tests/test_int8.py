@@ -48,8 +48,8 @@ def test_every_family_answers_as_with_the_same_weights_in_float32(tmp_path, fami
 # ---- runs
 
 FLAGS = (
-    '-m sid_lsg_nb.cli distill --preset embedded --teacher teacher --prompts p.txt --total-batch-size 4 --micro-batch 2 '
-    '--lora both --lora-rank 3 --int8-teacher --lr 1e-3 --lr-fake 1e-3 --log-every 4 --checkpoint-every 8 '
+    '-m sid_lsg_nb.cli distill --preset embedded --teacher teacher --prompts p.txt --total-batch-size 4 '
+    '--micro-batch 2 --lora both --lora-rank 3 --int8-teacher --lr 1e-3 --lr-fake 1e-3 --log-every 4 --checkpoint-every 8 '
     '--sample-every 0 --n-eval 0 --device cpu --loss-weight 1-t').split()
 
 @pytest.fixture

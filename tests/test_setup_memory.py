@@ -40,7 +40,8 @@ def weights_file(folder):
 def halved(folder):
     "A teacher whose network lies in float16, as many are published"
     tiny_pipeline(folder)
-    save_file({k: v.half() for k, v in load_file(weights_file(folder)).items()}, weights_file(folder), dict(format='pt'))
+    file = weights_file(folder)
+    save_file({k: v.half() for k, v in load_file(file).items()}, file, dict(format='pt'))
     return folder
 
 def in_bin(folder):
@@ -108,7 +109,9 @@ def test_a_run_is_the_same_as_one_whose_teacher_was_opened_whole(place, case):
         for k, v in state.items(): assert v.dtype == lazy[role][k].dtype and torch.equal(v, lazy[role][k]), (role, k)
     assert not any(p.is_meta for net in job.teacher.modules().values() for p in net.parameters())
 
-STARTS = ('lora', 'none'), ('lora', 'both'), ('student', 'fake'), ('student/unet/diffusion_pytorch_model.safetensors', 'none')
+STARTS = (
+    ('lora', 'none'), ('lora', 'both'), ('student', 'fake'),
+    ('student/unet/diffusion_pytorch_model.safetensors', 'none'))
 
 @pytest.mark.parametrize('init, lora', STARTS)
 def test_a_generator_that_does_not_begin_as_the_teacher(place, init, lora):

@@ -160,10 +160,10 @@ def width(dtype: torch.dtype) -> int:
     return torch.empty(0, dtype=dtype).element_size()
 
 
-def learned_weights(denoiser: Denoiser, settings: MemorySettings, role: str) -> list:
-    "The tensors that a network learns"
-    if settings.lora in (role, 'both'): return lora_weights(denoiser, settings.lora_rank)
-    return [*denoiser.parameters()]
+def learned_weights(denoiser: Denoiser, settings: MemorySettings) -> dict[str, list]:  # by role
+    "The tensors that fake and generator learn"
+    thin = lora_weights(denoiser, settings.lora_rank) if settings.lora != 'none' else []
+    return {k: thin if settings.lora in (k, 'both') else [*denoiser.parameters()] for k in ('fake', 'generator')}
 
 
 def moments_budget(weights: list, settings: MemorySettings) -> int:
@@ -196,15 +196,15 @@ def weights_budget(
 ) -> dict[str, int]:  # bytes by component, on the GPU
     "What a process holds whatever the pictures: networks, moments, gradient, averages"
     s, p, denoiser = settings, precision_of(settings.precision), empty_network(shapes)
-    n = sliced_weights(denoiser.net, s.world) if s.fsdp else sum(q.numel() for q in denoiser.parameters())
-    thin = count_lora_weights(denoiser, s.lora_rank) if s.lora != 'none' else 0
-    learning = {k: thin if s.lora in (k, 'both') else n for k in ('fake', 'generator')}
+    learned = learned_weights(denoiser, s)
+    count = lambda weights: sliced_weights(denoiser.net, s.world) if s.fsdp else sum(q.numel() for q in weights)
+    learning = {k: count(weights) for k, weights in learned.items()}
     out = {
         'teacher': teacher_bytes(denoiser.net, s), 'text encoder': (not s.cache_text)*shapes.text_bytes,
         'VAE': 0 if 'vae' in s.offload else int(shapes.vae*4e6)}
     for k, m in learning.items():
         out[k] = m*width(p.weights)
-        out[f"{k}'s second moments"] = moments_budget(learned_weights(denoiser, s, k), s)
+        out[f"{k}'s second moments"] = moments_budget(learned[k], s)
     out["gradient, one network's"] = max(learning.values())*width(p.weights)
     if s.int8_teacher: out['one layer in more than 8 bits'] = largest_int8_layer(shapes)*width(p.autocast or p.teacher)
     if s.fsdp: out['whole, block by block'] = gathered_weights(denoiser.net)*width(p.weights)
