@@ -11,8 +11,8 @@ import tyro
 from fastcore.docments import docments
 from . import __version__
 from .core import InputError, RunError, image_grid, pick_device, to_uint8
-from .commands.options import Bench, CheckData, Compare, Demo, Doctor, Evaluate, Export, Import, Lab
-from .commands.options import Notebooks, Sample, Status, Watch
+from .commands.options import Assemble, Bench, CheckData, Compare, Demo, Doctor, Evaluate, Export
+from .commands.options import Import, Lab, Notebooks, Sample, Status, Watch
 from .training.config import GROUPS, Config, check
 from .training.presets import PRESETS, HUB_IDS, HUB_PRESET, published_scores
 from .training.config import grouped_settings
@@ -246,6 +246,11 @@ COMMANDS = {  # dataclass: (name, what it does, module and function, imported on
         'import',
         'Read a published .pkl or .pt without running what is in it, and write a stock pipeline.',
         'commands.convert.import_from',
+    ),
+    Assemble: (
+        'assemble',
+        'Make a teacher of a transformer that was published alone (FLUX, SD3, Qwen-Image, ...), and its base.',
+        'commands.convert.assemble_from',
     ),
     Bench: (
         'bench',

@@ -26,8 +26,8 @@ from . import __version__
 __all__ = ['Cond', 'UNREADABLE', 'DISAGREEMENT', 'EMBEDDED', 'expand_like', 'sum_per_sample', 'max_abs', 'InputError',
            'pick_device', 'rng', 'noise_for', 'cond_map', 'cond_cat', 'cond_slice', 'cond_expand', 'to_device',
            'cond_to', 'hash_tensor', 'RunError', 'remove_path', 'clean_up', 'fsync_paths', 'replace_folder',
-           'atomic_folder', 'atomic_file', 'atomic_write', 'read_jsonl', 'read_json', 'read_json_or',
-           'library_versions', 'to_uint8', 'image_grid']
+           'temporary_folder', 'atomic_folder', 'atomic_file', 'atomic_write', 'read_jsonl', 'read_json',
+           'read_json_or', 'library_versions', 'to_uint8', 'image_grid']
 
 # %% ../nbs/00_core.ipynb #7b2edee5
 def expand_like(
@@ -215,7 +215,7 @@ def replace_folder(
 
 # %% ../nbs/00_core.ipynb #82d444bb
 @contextmanager
-def _temporary_folder(path:Path):
+def temporary_folder(path:Path):
     "A new folder beside `path` with a temporary name, gone afterwards"
     clean_up(path.parent, glob.escape(path.name))
     _mine.add(tmp := _temporary(path))
@@ -236,7 +236,7 @@ def atomic_folder(
 ):
     "Yields an empty folder beside it, which takes its place if all goes well, and goes away if not"
     folder = Path(folder)
-    with _temporary_folder(folder) as tmp:
+    with temporary_folder(folder) as tmp:
         yield tmp
         _open_to_all(tmp)
         replace_folder(tmp, folder)
@@ -247,7 +247,7 @@ def atomic_file(
 ):
     "Yields a path with the same name in a hidden folder; what is written there takes its place if all goes well"
     path = Path(path)
-    with _temporary_folder(path) as tmp:
+    with temporary_folder(path) as tmp:
         yield tmp/path.name
         _open_to_all(tmp)
         fsync_paths(tmp/path.name)

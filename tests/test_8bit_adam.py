@@ -59,7 +59,7 @@ if first:
     load_state(net, state['net'], True)
     load_state(opt, state['opt'], True)
 steps(net, opt, range(first, end), lambda g, p: distribute_tensor(g, p.device_mesh, p.placements))
-state = gather_full(dict(net=net.state_dict(), opt=opt.state_dict()), processes.is_main)
+state = gather_full(dict(net=net.state_dict(), opt=opt.state_dict()), main_only=True)
 if processes.is_main: save_checkpoint(Path('.'), end, state)
 print(len(opt.state[net.wide.weight]['codes'].to_local()))
 processes.close()

@@ -14,7 +14,7 @@ from sid_lsg_nb.teachers import edm, edm_networks
 from sid_lsg_nb.cli import main, parse
 from sid_lsg_nb.core import EMBEDDED
 from sid_lsg_nb.teachers.stable_diffusion import load_sd
-from sid_lsg_nb.testing import tiny_sdxl
+from sid_lsg_nb.testing import tiny_flux, tiny_sdxl
 from sid_lsg_nb.training.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +98,9 @@ def place(tmp_path_factory):
         tiny_sdxl('path/to/sdxl')
         forge(edm.tiny_edm(classes=10).denoiser.net, folder / 'edm-cifar10-32x32-cond-vp.pkl')
         official('official.pkl')
+        tiny_flux('path/to/flux')
+        net = 'path/to/flux/transformer/diffusion_pytorch_model.safetensors'
+        shutil.copy(net, 'fine-tune.safetensors')
         prompts()
         Path('path/to/pictures').mkdir()
         for i in range(8):
@@ -131,6 +134,7 @@ def left(words):
     return {
         'sample': 'pictures/*/*.png',
         'import': 'student/model_index.json',
+        'assemble': 'fine-tune/model_index.json',
         'export': 'runs/embedded-1/*.safetensors',
         'evaluate': 'runs/embedded-1/**/scores-*.json',
         'notebooks': 'chapters/index.ipynb',

@@ -71,13 +71,12 @@ def written(disk):
 PICTURES = dict(
     real_images='real', freeze_generator_until=0, gan_start=0, gan_weight_generator=1.0, micro_batch=1)
 CASES = {  # settings, those of several processes
-    'fp16, averages': (
+    'fp16, averages, 8-bit Adam': (
         dict(teacher='unet', mixed_precision='fp16', more_ema_halflives=(8., 30.), ema_rampup=9.,
-             eval_reference='real'), dict(fsdp=True)),
+             eval_reference='real', use_8bit_adam=True), dict(fsdp=True)),
     "a discriminator's head": (dict(teacher='unet', method='dmd2', **PICTURES), dict(fsdp=True)),
-    'flow, real pictures': (dict(teacher='flow', **PICTURES), dict(fsdp=True)),
-    'fp16, 8-bit Adam': (dict(teacher='unet', mixed_precision='fp16', use_8bit_adam=True), dict(fsdp=True)),
-    'bf16 weights, 8-bit Adam': (dict(teacher='flow', weight_dtype='bf16', use_8bit_adam=True), dict(fsdp=True)),
+    'flow, real pictures, bf16 weights, 8-bit Adam': (
+        dict(teacher='flow', weight_dtype='bf16', use_8bit_adam=True, **PICTURES), dict(fsdp=True)),
     'LoRA, 8-bit Adam': (dict(teacher='unet', lora='fake', lora_rank=256, use_8bit_adam=True), {})}
 
 @pytest.mark.parametrize('case', CASES)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'DTYPES', 'EXPORTERS', 'REFUSED', 'check_options', 'format_size', 'read_t_init_and_sigma', 'output_path',
            'sigma_words', 'to_single_file', 'usage_lines', 'lora_lines', 'lora_rank', 'to_lora', 'to_onnx', 'to_16_bit',
-           'to_card', 'to_space', 'check_export', 'export_to', 'unet_file', 'import_from']
+           'to_card', 'to_space', 'check_export', 'export_to', 'unet_file', 'import_from', 'assemble_from']
 
 # %% ../../nbs/7_commands/07_convert.ipynb #562005fa
 import json, re, shlex
@@ -22,12 +22,13 @@ from ..export.import_checkpoint import import_student
 from ..export.formats import add_variant, export_onnx, t_init_and_sigma
 from ..export.lora import save_lora
 from ..export.original_layouts import export_single_file
+from ..teachers.lone_network import assemble_teacher
 from ..teachers.single_file import is_single_file
 from ..teachers.registry import FAMILIES, family_of, open_teacher
 from ..export.model_card import push_to_hub, write_card
 from ..export.space import write_space
 from ..metrics.protocols import load_result
-from .options import Export, Import
+from .options import Assemble, Export, Import
 from .sources import ImageSource, open_source
 
 # %% ../../nbs/7_commands/07_convert.ipynb #26d95c51
@@ -341,6 +342,17 @@ def import_from(args: Import) -> Path:  # the student's folder
         f"from diffusers import StableDiffusionPipeline; image = "
         f"StableDiffusionPipeline.from_pretrained({str(out)!r})('a prompt', num_inference_steps=1, "
         f"guidance_scale=0).images[0]",
+        sep='\n  ',
+    )
+    return out
+
+# %% ../../nbs/7_commands/07_convert.ipynb #c5871a98
+def assemble_from(args: Assemble) -> Path:  # the folder
+    "Write a teacher's folder, and say how to distil it; raises `InputError` with nothing written"
+    out = assemble_teacher(args.file, args.base, args.out)
+    print(
+        f'{out}: {format_size(out)}, the transformer of {Path(args.file).name}, the rest of {args.base}',
+        f'sid-lsg distill --teacher {shlex.quote(str(out))} --prompts FILE --dry-run',
         sep='\n  ',
     )
     return out

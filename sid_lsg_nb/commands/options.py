@@ -9,8 +9,8 @@ from typing import Literal
 import tyro
 
 # %% auto #0
-__all__ = ['Sample', 'Status', 'Doctor', 'Evaluate', 'Compare', 'Lab', 'Demo', 'Watch', 'Export', 'Import', 'Notebooks',
-           'CheckData', 'Bench']
+__all__ = ['Sample', 'Status', 'Doctor', 'Evaluate', 'Compare', 'Lab', 'Demo', 'Watch', 'Export', 'Import', 'Assemble',
+           'Notebooks', 'CheckData', 'Bench']
 
 # %% ../../nbs/7_commands/01_options.ipynb #3df654b8
 @dataclass(frozen=True)
@@ -197,6 +197,16 @@ class Import:
     # time at which its one step starts: 625 for SiD-LSG, 999 for many others; nothing in the file says so
     t_init: int = 625
     key: str = 'ema'             # the network's name in a .pkl or .pt
+
+# %% ../../nbs/7_commands/01_options.ipynb #87d49d3e
+@dataclass(frozen=True)
+class Assemble:
+    "Make a teacher's folder of a transformer that was published alone, and the folder of its base"
+    # .safetensors of a FLUX, Stable Diffusion 3, Qwen-Image, Z-Image or SANA fine-tune, as ComfyUI or diffusers name
+    # its tensors; single files of Stable Diffusion 1, 2 and SDXL need no folder: --teacher FILE
+    file: tyro.conf.Positional[str]
+    base: str                    # folder of the pipeline that it was trained from: all but the transformer is taken
+    out: str                     # folder to write, must not exist
 
 # %% ../../nbs/7_commands/01_options.ipynb #70177012
 @dataclass(frozen=True)

@@ -81,7 +81,8 @@ def detect_model(
         reject(
             path,
             'holds no U-Net in the layout of the original Stable Diffusion code',
-            'give a whole checkpoint (U-Net, VAE and text encoder), or a folder that diffusers saved',
+            'give a whole checkpoint (U-Net, VAE and text encoder), or a folder that diffusers saved; of a transformer '
+            f'that was published alone make one: sid-lsg assemble {path} --base BASE --out FOLDER',
         )
     parts = {'VAE': 'first_stage_model.', 'text encoder': ('cond_stage_model.', 'conditioner.')}
     for part, prefix in parts.items():

@@ -182,6 +182,8 @@ class Config:
     sample_every: int = 2_000      # images between sample sheets; 0: no sheets
     checkpoint_every: int = 2_000  # images between checkpoints; 0: only at the end, which always has one
     checkpoints_total_limit: int = 2 # checkpoints kept
+    # write them while the run goes on, out of a copy in the machine's own memory
+    async_checkpoint: bool = False
     # warn when the teacher-fake disagreement or a gradient norm is so many times its running mean
     divergence_factor: float = 10.0
     divergence_patience: int = 200 # stop after so many bad iterations in a row (skipped, or under alarm)
@@ -615,6 +617,7 @@ class LogSettings:
     sample_every: int
     checkpoint_every: int
     checkpoints_total_limit: int
+    async_checkpoint: bool
     eval_every: int
     divergence_factor: float
     divergence_patience: int

@@ -6,12 +6,14 @@
 __all__ = ['PRECISIONS', 'TORCHRUN', 'ASKED_ELSEWHERE', 'COUNTS', 'FOREIGN', 'PLACE', 'ERRORS', 'SPLIT_ERRORS', 'SCALE',
            'precision_of', 'allow_tf32', 'Launcher', 'read_launcher', 'drop_foreign_variables', 'device_of',
            'init_processes', 'shared_error', 'raised_on_all_ranks', 'message_for_this_rank', 'Distributed',
-           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'own_rows', 'read_weights', 'fsdp_blocks',
-           'shard_fsdp', 'gather_full', 'gather_in_turn', 'SentTensor', 'read_like', 'make_learner']
+           'largest_divisor', 'split_batch', 'inner', 'wrap_ddp', 'rows_of', 'own_rows', 'read_weights', 'fsdp_blocks',
+           'shard_fsdp', 'send_to_main', 'gather_full', 'gather_in_turn', 'write_gathered', 'cpu_mesh', 'cpu_copy',
+           'SentTensor', 'read_like', 'make_learner']
 
 # %% ../../nbs/6_training/02_distributed.ipynb #3258027c
 import os, socket, sys, threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -425,11 +427,15 @@ def wrap_ddp(processes: Distributed, net: nn.Module) -> dict:  # train, sync: fo
     return dict(train=net.with_net(wrapped) if hasattr(net, 'with_net') else wrapped, sync=sync)
 
 # %% ../../nbs/6_training/02_distributed.ipynb #2fc73db2
-def own_rows(t: DTensor) -> tuple[int, int]:  # the first, and the one after the last
-    "Which rows of a tensor in slices this process has"
+def rows_of(t: DTensor, rank: int) -> tuple[int, int]:  # the first, and the one after the last
+    "Which rows of a tensor in slices a process has"
     most = -(-len(t)//t.device_mesh.size())  # rows of a full slice
-    start = min(t.device_mesh.get_local_rank()*most, len(t))
-    return start, start + len(t.to_local())
+    return min(rank*most, len(t)), min((rank + 1)*most, len(t))
+
+
+def own_rows(t: DTensor) -> tuple[int, int]:
+    "Which rows this process has"
+    return rows_of(t, t.device_mesh.get_local_rank())
 
 
 @torch.no_grad()
@@ -470,20 +476,65 @@ def shard_fsdp(processes: Distributed, net: nn.Module):
         read_weights(whole_net, processes.device, lambda p: (p.to_local(), *own_rows(p)))
 
 # %% ../../nbs/6_training/02_distributed.ipynb #a90b5aff
-def gather_full(tree, keep: bool = True):  # False: this process helps, and has None where a sliced tensor was
+def send_to_main(t: DTensor) -> torch.Tensor | None:  # None: not in this process
+    "Put a tensor in slices on the CPU together in the first process; no other one ever holds it whole"
+    group, here = t.device_mesh.get_group(), t.to_local().contiguous()
+    as_bytes = lambda rows: rows.view(-1).view(torch.uint8)
+    if dist.get_rank(group):
+        if here.numel(): dist.send(as_bytes(here), group=group, group_dst=0)
+        return None
+    whole = torch.empty(t.shape, dtype=t.dtype)
+    whole[: len(here)] = here
+    for rank in range(1, t.device_mesh.size()):
+        rows = whole[slice(*rows_of(t, rank))]
+        if rows.numel(): dist.recv(as_bytes(rows), group=group, group_src=rank)
+    return whole
+
+
+def gather_full(tree, main_only: bool = False):  # True: the others help, and have None where a sliced tensor was
     """The same tree of dicts, lists and tensors, with sliced tensors put together on the CPU, one at a time; all
     processes must call it"""
     if isinstance(tree, DTensor):
+        if main_only and tree.device_mesh.device_type == 'cpu': return send_to_main(tree)
         whole = tree.full_tensor()  # the others let go of it at once
-        return whole.cpu() if keep else None
+        return None if main_only and tree.device_mesh.get_local_rank() else whole.cpu()
     if isinstance(tree, dict):
-        return {k: gather_full(v, keep) for k, v in tree.items()}
-    return type(tree)(gather_full(v, keep) for v in tree) if isinstance(tree, (list, tuple)) else tree
+        return {k: gather_full(v, main_only) for k, v in tree.items()}
+    return type(tree)(gather_full(v, main_only) for v in tree) if isinstance(tree, (list, tuple)) else tree
 
 
-def gather_in_turn(tensors: dict, keep: bool = True):  # see `gather_full`
-    "Tensors as they follow each other in a file, each put together when it is asked for; all processes must ask"
-    for name in in_file_order(tensors): yield gather_full(tensors[name], keep)
+def gather_in_turn(tensors: dict):
+    """Tensors as they follow each other in a file, each put together in the first process when it is asked for; all
+    must ask"""
+    for name in in_file_order(tensors): yield gather_full(tensors[name], main_only=True)
+
+
+def write_gathered(
+    tensors: dict,  # by name
+    write: Callable | None,  # takes `gather_in_turn(tensors)`; None: this process only helps
+):
+    "Let the first process write tensors that all put together; nobody leaves before the last one, full disk or not"
+    wholes = gather_in_turn(tensors)
+    try:
+        if write: write(wholes)
+    finally:
+        deque(wholes, maxlen=0)
+
+
+def cpu_mesh() -> DeviceMesh | None:  # None: this process is alone
+    "All processes, as they talk beside the training; all must call it"
+    return DeviceMesh.from_group(dist.new_group(backend='gloo'), 'cpu') if dist.is_initialized() else None
+
+
+def cpu_copy(tree, mesh: DeviceMesh | None = None, whole: bool = True):  # see `cpu_mesh`; False: only what is in slices
+    """The same tree with copies of its tensors on the CPU, which no later step changes; what is in slices on a GPU is in
+    the same slices there"""
+    if isinstance(tree, DTensor):
+        rows = tree.to_local().detach().to('cpu', copy=True)
+        return DTensor.from_local(rows, mesh, tree.placements, run_check=False, shape=tree.shape, stride=tree.stride())
+    if torch.is_tensor(tree): return tree.detach().to('cpu', copy=True) if whole else tree
+    if isinstance(tree, dict): return {k: cpu_copy(v, mesh, whole) for k, v in tree.items()}
+    return type(tree)(cpu_copy(v, mesh, whole) for v in tree) if isinstance(tree, (list, tuple)) else tree
 
 
 @dataclass(frozen=True)

@@ -89,12 +89,15 @@ def print_memory(config: Config, world: int = 1):
 
 def print_host_and_disk(config: Config, shapes, settings):  # a `ModelShapes`, a `MemorySettings`
     "What a process takes of the machine's own memory beside a GPU, and what checkpoints take"
-    from sid_lsg_nb.training.memory import checkpoint_bytes, host_budget
+    from sid_lsg_nb.training.memory import checkpoint_bytes, copy_bytes, host_budget
 
     gib, most = lambda size: f'{size/2**30:.3g} GiB', config.checkpoints_total_limit
     if config.device != 'cpu':
         host = ', '.join(f'{k} {gib(v)}' for k, v in host_budget(shapes, settings).items())
         print(f"of the machine's own memory, per process: {host}")
+    if config.async_checkpoint:
+        who = 'in each process' if config.fsdp else 'in the first process'
+        print(f"while a checkpoint is written: {gib(copy_bytes(shapes, settings))} of the machine's own memory {who}")
     size = checkpoint_bytes(shapes, settings)
     kept = f'{gib((most + 1)*size)} for the last {most} and one that is being written'
     print(f'disk: {gib(size)} for a checkpoint; {kept}')

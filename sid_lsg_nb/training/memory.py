@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['INT8_ROOM', 'LEARNED', 'LoraView', 'plain_copy', 'activation_bytes', 'MemorySettings', 'sliced_weights',
            'gathered_weights', 'empty_network', 'width', 'learned_weights', 'moments_budget', 'teacher_bytes',
-           'largest_int8_layer', 'weights_budget', 'memory_budget', 'checkpoint_bytes', 'setup_budget', 'host_budget',
-           'lora_weights', 'count_lora_weights', 'print_memory_budget']
+           'largest_int8_layer', 'weights_budget', 'memory_budget', 'checkpoint_bytes', 'copy_bytes', 'setup_budget',
+           'host_budget', 'lora_weights', 'count_lora_weights', 'print_memory_budget']
 
 # %% ../../nbs/6_training/03_memory.ipynb #979edef1
 import copy, itertools
@@ -236,6 +236,14 @@ def checkpoint_bytes(shapes: ModelShapes, settings: MemorySettings = MemorySetti
     "Of one checkpoint: the slices of all processes, and the averages wherever they wait"
     whole = weights_budget(shapes, replace(settings, fsdp=False, offload=()))
     return sum(whole[k] for k in LEARNED)
+
+
+def copy_bytes(shapes: ModelShapes, settings: MemorySettings = MemorySettings()) -> int:
+    """Of the machine's own memory, for the copy out of which `async_checkpoint` writes: all that a process has of it,
+    and the largest tensor whole. Without slices only the first process has one"""
+    mine = weights_budget(shapes, replace(settings, offload=()))
+    largest = max(q.numel() for q in empty_network(shapes).parameters()) if settings.fsdp else 0
+    return sum(mine[k] for k in LEARNED) + 4*largest
 
 
 def setup_budget(

@@ -10,25 +10,27 @@ __all__ = ['FULL', 'Diverged', 'DivergenceMonitor', 'warn_on_failure', 'progress
 # %% ../../nbs/6_training/16_trainer.ipynb #3e3183a2
 import errno, json, sys
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
+import torch
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from ..core import DISAGREEMENT, RunError, atomic_write
+from ..core import DISAGREEMENT, RunError, atomic_write, temporary_folder
 from ..export.model_card import write_card
 from ..method.steps import DistillState
 from ..teachers.base import Denoiser
 from ..teachers.student import save_student
-from .checkpoint import CheckpointError, checkpoints
+from .checkpoint import CheckpointError, write_tensors
 from .config import Config, check, resolve, resume_command, settings_of
-from .distributed import Distributed, gather_full
+from .distributed import Distributed, write_gathered
 from .drawing import curves
 from .dry_run import dry_run
 from .job import TrainingJob, check_inputs, iterate, with_t_init
 from .log import Log, tracker
 from .memory import plain_copy
 from .monitor import RunningBand
-from .resume import load_latest_state, lock_run, open_run, restore, save
+from .resume import CheckpointWriter, load_latest_state, lock_run, open_run, restore
 from .run_folder import check_run_folder, closing_done, finished
 from .scores import SampleGrids, evaluation_scores, final_scores, open_evaluation, with_best_average
 from .stop_signals import TolerantStream, stop_flag
@@ -112,15 +114,15 @@ def run_loop(job: TrainingJob, folder: Path, sheets, stop) -> bool:  # True if i
     `Diverged`"""
     c, processes, log = job.settings.log, job.processes, Log(folder/'log.jsonl', job.nimg, job.processes)
     due = lambda every: every and job.nimg//every > (job.nimg - c.total_batch_size)//every
-    saved = lambda: processes.broadcast(bool(checkpoints(folder/'checkpoints')))
     log.rows = processes.broadcast(log.rows)  # an alarm goes off in all
     watch = DivergenceMonitor(job, log.rows, sheets)
     to = tracker(c.report_to, job.settings.record, folder, processes, log.rows)
     say = tqdm.write if processes.is_main else lambda *_: None
     stopping = lambda: processes.any_rank(stop.is_set())
-    if stopping() and not saved(): save(job, folder)
+    writer = CheckpointWriter(job, folder, say)
+    if stopping() and not writer.any_complete(): writer.save()
     left = job.nimg < c.max_train_images and not stopping()
-    with progress_bar(job) as bar:
+    with progress_bar(job) as bar, writer:
         for s in iterate(job) if left else ():
             job.nimg = s.nimg
             log.add(s)
@@ -132,8 +134,8 @@ def run_loop(job: TrainingJob, folder: Path, sheets, stop) -> bool:  # True if i
                 row = log_row(job, log, watch, to, say, s, scored=due(c.eval_every) and not stopped)
                 bar.set_postfix(progress_postfix(row, bool(watch.bad)))
             if watch.hopeless: raise watch.error(row, folder)
-            if keep and (not watch.bad or stopped and not saved()):
-                save(job, folder)  # before pictures: KILL may follow soon
+            if keep and (not watch.bad or stopped and not writer.any_complete()):
+                writer.save()  # before pictures: KILL may follow soon
             drawn = due(c.sample_every)
             show_progress(job, folder, log.rows, sheets, say, drawn or done and not stopped, plots=done or drawn)
             if done: break
@@ -141,21 +143,26 @@ def run_loop(job: TrainingJob, folder: Path, sheets, stop) -> bool:  # True if i
     return stopping() and job.nimg < c.max_train_images
 
 # %% ../../nbs/6_training/16_trainer.ipynb #2a7d1436
-def whole_average(job: TrainingJob) -> Denoiser | None:  # None: not in this process
-    "The average out of its slices, in the first process"
-    state = gather_full(job.ema.net.net.state_dict(), job.processes.is_main)
-    if not job.processes.is_main: return None
-    whole = job.ema.net.empty_net()
-    whole.load_state_dict(state)
-    return job.ema.net.with_net(whole)
+def whole_average(job: TrainingJob, file: Path | None) -> Denoiser | None:  # None: not in this process
+    "The average out of its slices, in the first process, where its numbers stay in a file and are read as they are used"
+    average = job.ema.net
+    sliced = average.net.state_dict()
+    write = (lambda wholes: write_tensors(file, sliced, wholes)) if file else None
+    job.processes.run_on_all(lambda: write_gathered(sliced, write))
+    if not file: return None
+    with torch.device('meta'): whole = average.empty_net()
+    whole.load_state_dict(load_file(file), assign=True)
+    return average.with_net(whole)
 
 
 def export_generator(job: TrainingJob, folder: Path):
     "Export the average as a stock pipeline, whole and on the CPU; all processes must call it"
-    net = whole_average(job) if job.settings.networks.fsdp else plain_copy(job.ema.net)
-    job.teacher.vae.to('cpu')
-    job.processes.run_on_main(lambda: str(save_student(job.teacher, net, folder / 'generator', job.t_init)))
-    job.teacher.vae.to(job.teacher.vae_offload_device or job.processes.device)
+    teacher, main, sliced = job.teacher, job.processes.is_main, job.settings.networks.fsdp
+    with temporary_folder(folder / 'average') if main and sliced else nullcontext() as tmp:
+        net = whole_average(job, tmp and tmp / 'average.safetensors') if sliced else plain_copy(job.ema.net)
+        teacher.vae.to('cpu')
+        job.processes.run_on_main(lambda: str(save_student(teacher, net, folder / 'generator', job.t_init)))
+    teacher.vae.to(teacher.vae_offload_device or job.processes.device)
 
 
 def restore_last_good(job: TrainingJob, folder: Path, why: Diverged):
