@@ -202,8 +202,8 @@ class Import:
 @dataclass(frozen=True)
 class Assemble:
     "Make a teacher's folder of a transformer that was published alone, and the folder of its base"
-    # .safetensors of a FLUX, Stable Diffusion 3, Qwen-Image, Z-Image or SANA fine-tune, as ComfyUI or diffusers name
-    # its tensors; single files of Stable Diffusion 1, 2 and SDXL need no folder: --teacher FILE
+    # .safetensors of a FLUX, Stable Diffusion 3, Qwen-Image or Z-Image fine-tune, as ComfyUI or diffusers name its
+    # tensors; single files of Stable Diffusion 1, 2 and SDXL need no folder: --teacher FILE
     file: tyro.conf.Positional[str]
     base: str                    # folder of the pipeline that it was trained from: all but the transformer is taken
     out: str                     # folder to write, must not exist

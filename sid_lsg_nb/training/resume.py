@@ -22,9 +22,8 @@ from ..data.prompts import count_truncated, describe_truncated, prompt_hashes
 from ..method.optim import moment_bytes
 from .checkpoint import CheckpointError, checkpoints, join, load_latest, open_checkpoint, save_checkpoint, split
 from .config import Config, check, lr_of, with_method_sha
-from sid_lsg_nb.training.distributed import (
-    Distributed, SentTensor, cpu_copy, cpu_mesh, precision_of, read_like, write_gathered
-)
+from .distributed import Distributed, SentTensor, cpu_copy, cpu_mesh
+from .distributed import precision_of, read_like, write_gathered
 from .job import TrainingJob, setup, with_t_init
 from .run_folder import changed_settings, resume_folder, run_folder, saved_config, write_config
 
