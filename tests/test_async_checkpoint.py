@@ -153,13 +153,22 @@ def test_a_run_that_breaks_off_still_has_what_was_being_written(home, monkeypatc
 
 def test_a_writer_that_is_too_slow_is_told(home, monkeypatch):
     job, folder = open_run(replace(SMALL, out='run', async_checkpoint=True))
-    said, write = [], checkpoint.write_tensors
-    monkeypatch.setattr(checkpoint, 'write_tensors', lambda *args: (time.sleep(.5), write(*args))[1])
+    said, order, write = [], [], checkpoint.write_tensors
+
+    def slow(*args):
+        order.append('begins')
+        time.sleep(.5)
+        sha = write(*args)
+        order.append('ends')
+        return sha
+
+    monkeypatch.setattr(checkpoint, 'write_tensors', slow)
     with CheckpointWriter(job, folder, said.append) as writer:
         for nimg in (4, 8):
             job.nimg = nimg
             writer.save()
     assert [int(p.name) for p in checkpoints(folder/'checkpoints')] == [8, 4]
+    assert order == ['begins', 'ends']*2  # one at a time
     assert said == ['the last checkpoint is still being written; the next one waits for it']
 
 def test_a_fault_in_the_thread_ends_the_run_with_its_words(home, monkeypatch):
