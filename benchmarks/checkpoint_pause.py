@@ -69,8 +69,8 @@ def measure(folder: Path, processes: Distributed) -> dict:
 
 HEAD = """## How long a run waits for a checkpoint
 
-Made by `benchmarks/checkpoint_pause.py`, whose first lines say what is measured, on two CPU cores: the thread that writes competes
-with the iterations for them, which it does not beside a GPU. Medians of two checkpoints.
+Made by `benchmarks/checkpoint_pause.py`, whose first lines say what is measured, on two CPU cores, for which the thread that
+writes competes with the iterations. Beside a GPU it was not measured. Medians of two checkpoints.
 
 | million weights | processes | iteration, s | pause, written at once, s | pause with `--async-checkpoint`, s | shorter by | iteration meanwhile, s | until it is written, s | copy, MiB | counted, MiB | torch, date |
 |---|---|---|---|---|---|---|---|---|---|---|"""
